@@ -1,0 +1,163 @@
+"""Files of a cache: atomic, durable, exclusive writes and link-free reads under one root.
+
+A key is a `/`-separated path below the root. A file appears under its key whole or not at all:
+it is written under a temporary name in the same folder, synced, read back, and linked into place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sherl_pipe.cache.errors import CorruptCacheError, StorageError, UnsafeError, explain
+
+PARTIAL = ".partial-"
+
+
+@contextmanager
+def _storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names the path and the bytes needed."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, StorageError):
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeError(
+                f"{path} is a symbolic link; caches hold plain files only. Remove the link."
+            ) from error
+        need = f" ({size} bytes needed)" if size is not None else ""
+        raise StorageError(
+            error.errno,
+            f"{path}: {os.strerror(error.errno or 0)}{need}. "
+            "Free space or fix permissions, then run the same command again: it resumes.",
+        ) from error
+
+
+class LocalStore:
+    """A folder of the local file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        """The file of `key`. Raises UnsafeError for a key that would leave the root."""
+        parts = key.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            raise UnsafeError(f"key {key!r} does not stay inside the cache")
+        return self.root.joinpath(*parts)
+
+    def _no_links(self, path: Path) -> None:
+        """Refuse a folder below the root that is a link: its target may lie anywhere."""
+        for parent in path.parents:
+            if parent == self.root:
+                return
+            if parent.is_symlink():
+                raise UnsafeError(
+                    f"{parent} is a symbolic link; caches hold plain folders. Remove the link."
+                )
+
+    def read(self, key: str) -> bytes:
+        """The bytes of `key`. Raises FileNotFoundError, UnsafeError, StorageError."""
+        path = self.path(key)
+        self._no_links(path)
+        with _storage_errors(path):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(handle, "rb") as file:
+                return file.read()
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write `key` once. Raises FileExistsError if it is there, StorageError, UnsafeError."""
+        self._put(key, data, exclusive=True)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write `key`, replacing it atomically."""
+        self._put(key, data, exclusive=False)
+
+    def _put(self, key: str, data: bytes, *, exclusive: bool) -> None:
+        path = self.path(key)
+        with _storage_errors(path, len(data)):
+            self._make_folder(path.parent)
+        self._no_links(path)
+        temporary = path.parent / f"{PARTIAL}{os.getpid()}-{path.name}"
+        try:
+            with _storage_errors(path, len(data)):
+                self._write_synced(temporary, data)
+                if exclusive:
+                    os.link(temporary, path)
+                    temporary.unlink()
+                else:
+                    temporary.rename(path)
+                self._sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            self._sync_folder(new.parent)
+
+    @staticmethod
+    def _write_synced(path: Path, data: bytes) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o644), "r+b") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            if file.read() != data:
+                raise CorruptCacheError(
+                    explain(
+                        f"{path} does not read back as written",
+                        todo="The disk or its driver is faulty; use another one.",
+                    )
+                )
+
+    @staticmethod
+    def _sync_folder(folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def delete(self, key: str) -> None:
+        """Remove `key` if it is there."""
+        path = self.path(key)
+        self._no_links(path)
+        with _storage_errors(path):
+            path.unlink(missing_ok=True)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys of all files below `prefix`, sorted; temporary files included, links too."""
+        top = self.path(prefix) if prefix else self.root
+        for folder, folders, files in os.walk(top):
+            folders.sort()
+            for name in sorted(files):
+                yield (Path(folder) / name).relative_to(self.root).as_posix()
+
+    def remove_partials(self, prefix: str = "") -> int:
+        """Delete what an interrupted writer left behind; only the lock's holder may call this."""
+        partials = [key for key in self.list(prefix) if key.rsplit("/", 1)[-1].startswith(PARTIAL)]
+        for key in partials:
+            self.delete(key)
+        return len(partials)
+
+    def free_bytes(self) -> int:
+        """Free space where the cache is, or where it will be."""
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
