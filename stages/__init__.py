@@ -1,0 +1,1 @@
+"""What runs on one device: backbones, extraction, features, methods, tuning. No ray, no click."""

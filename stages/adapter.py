@@ -1,0 +1,298 @@
+"""Tuned modules on disk, and on the live backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from sherl_pipe.cache import InputError, StaleCacheError, TaskSpec
+from sherl_pipe.cache.errors import CorruptCacheError, UnsafeError, explain
+from sherl_pipe.cache.fingerprint import hash_bytes
+from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.methods import METHODS, Consolidation
+from sherl_pipe.stages.methods.base import RouteSpec, pooled, trainable
+from sherl_pipe.stages.methods.sherl import SherlEncoder, SherlSeq2Seq
+from sherl_pipe.stages.words import PrefixTree
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter.safetensors"
+ADAPTER_FORMAT = 1
+
+Route = SherlEncoder | SherlSeq2Seq
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter needs to be attached again.
+
+    Attributes:
+        task: its name.
+        labels: kind, classes, words, metrics.
+        route: structure of the tuned modules.
+        backbone: `name`, `revision`, `fingerprint`, `config` of the backbone.
+        tokenizer: fingerprint.
+        template: how columns become texts, as `Template.to_json` writes it.
+        max_length: tokens after which an input is cut.
+        scaling: (mean, spread) of regression labels.
+    """
+
+    task: str
+    labels: TaskSpec
+    route: RouteSpec
+    backbone: Mapping[str, Any]
+    tokenizer: str
+    template: list[Any]
+    max_length: int
+    scaling: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": ADAPTER_FORMAT,
+            "task": self.task,
+            "labels": self.labels.to_json(),
+            "route": self.route.to_json(),
+            "backbone": dict(self.backbone),
+            "tokenizer": self.tokenizer,
+            "template": self.template,
+            "max_length": self.max_length,
+            "scaling": list(self.scaling),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AdapterConfig:
+        return cls(
+            task=data["task"],
+            labels=TaskSpec.from_json(data["labels"]),
+            route=RouteSpec.from_json(data["route"]),
+            backbone=data["backbone"],
+            tokenizer=data["tokenizer"],
+            template=data["template"],
+            max_length=int(data["max_length"]),
+            scaling=(float(data["scaling"][0]), float(data["scaling"][1])),
+        )
+
+
+class TunedModel(nn.Module):
+    """The live backbone with a tuned route in it.
+
+    Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
+    `logits`, ...), and `loss` and `logits [B, outputs]` for an encoder with a pooled head.
+    """
+
+    def __init__(self, backbone: Backbone, route: Route) -> None:
+        super().__init__()
+        self.route = route
+        self.model = route.attach(backbone)
+        self._width = backbone.width
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """One forward pass.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, S]`, 1 where there is a token; all ones by default.
+            labels: token ids `[B, P]` with -100 where there is none (text-to-text), class
+                numbers `[B]` or floats `[B]` (pooled head; mean squared error for one output).
+            inputs: handed on to the backbone (`decoder_input_ids`, `token_type_ids`, ...).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if isinstance(self.route, SherlSeq2Seq):
+            out = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs
+            )
+            # The two memories travel as one through the model; callers want the backbone's own.
+            out.encoder_last_hidden_state = out.encoder_last_hidden_state[..., : self._width]
+            return out
+        return self._pooled_forward(input_ids, attention_mask, labels, inputs)
+
+    def _pooled_forward(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, inputs: dict[str, Any]
+    ) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        states = self.model(input_ids=input_ids, attention_mask=mask, **inputs).last_hidden_state
+        route: Any = self.route
+        logits = route.head(pooled(states, mask.bool(), route.spec.pool))
+        loss = None
+        if labels is not None and logits.shape[-1] == 1:
+            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        elif labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's own `generate`, KV cache included. Raises InputError for encoders."""
+        if not isinstance(self.route, SherlSeq2Seq):
+            raise InputError("an encoder with a pooled head does not generate; call the model")
+        model: Any = self.model
+        return model.generate(*args, **kwargs)
+
+    def word_scores(self, tree: PrefixTree, **inputs: Tensor) -> Tensor:
+        """Log-probability `[B, words]` of every label word, exactly."""
+        size = inputs["input_ids"].shape[0]
+        device = inputs["input_ids"].device
+        mask = tree.flat_mask(next(self.parameters()).dtype).to(device)
+        out = self(
+            **inputs,
+            decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
+            decoder_attention_mask=mask.expand(size, -1, -1, -1),
+        )
+        return tree.score(out.logits[:, tree.first_places().to(device)])
+
+
+def save_adapter(folder: str | Path, config: AdapterConfig, route: nn.Module) -> None:
+    """Write `adapter.safetensors` and `adapter_config.json`, the config (which makes it whole)
+    last."""
+    store = LocalStore(Path(folder))
+    weights = {name: p.detach().cpu().contiguous() for name, p in trainable(route).items()}
+    data = save_tensors(weights)
+    store.replace(WEIGHTS_NAME, data)
+    body = config.to_json() | {"weights_sha256": hash_bytes(data)}
+    store.replace(CONFIG_NAME, json.dumps(body, indent=1).encode())
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """An adapter's config and weights.
+
+    Raises:
+        InputError: no adapter there.
+        CorruptCacheError: the weights are not those that were saved.
+        UnsafeError: a config or weights that cannot be parsed.
+    """
+    store = LocalStore(Path(folder))
+    try:
+        raw, data = store.read(CONFIG_NAME), store.read(WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is no adapter: {error.filename} is missing. "
+            "Point --adapter at a folder that `sherl-pipe tune` wrote."
+        ) from error
+    path = store.path(CONFIG_NAME)
+    try:
+        body = json.loads(raw)
+        config = AdapterConfig.from_json(body)
+        expected = body["weights_sha256"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UnsafeError(f"{path} is no adapter config: {error!r}") from error
+    if hash_bytes(data) != expected:
+        raise CorruptCacheError(
+            explain(
+                f"{store.path(WEIGHTS_NAME)}: sha256",
+                expected=expected,
+                found=hash_bytes(data),
+                todo="Tune again.",
+            )
+        )
+    return config, load_tensors(data)
+
+
+def load_route(folder: str | Path, backbone: Backbone) -> tuple[AdapterConfig, Route]:
+    """An adapter's route on its backbone. Raises StaleCacheError for another backbone."""
+    config, weights = read_adapter(folder)
+    for field, found in (("fingerprint", backbone.fingerprint), ("config", backbone.config_hash)):
+        if config.backbone[field] != found:
+            raise StaleCacheError(
+                explain(
+                    f"{folder}: backbone {field}",
+                    expected=f"{config.backbone[field]} ({config.backbone['name']})",
+                    found=f"{found} ({backbone.name})",
+                    todo="Use the backbone that the adapter was tuned on.",
+                )
+            )
+    route = METHODS[config.route.method].build(backbone, config.route)
+    load_weights(route, weights, str(folder))
+    return config, route
+
+
+def load_weights(route: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy tuned weights in. Raises InputError unless exactly the tuned ones are given."""
+    mine = trainable(route)
+    if mine.keys() != weights.keys():
+        odd = sorted(mine.keys() ^ weights.keys())
+        raise InputError(explain(f"weights in {source}", expected=sorted(mine), found=odd))
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            if parameter.shape != weights[name].shape:
+                raise InputError(
+                    explain(
+                        f"{source}: shape of {name}",
+                        expected=tuple(parameter.shape),
+                        found=tuple(weights[name].shape),
+                    )
+                )
+            parameter.copy_(weights[name])
+
+
+def load_reference(
+    backbone: Backbone | nn.Module,
+    params: Mapping[str, Tensor],
+    *,
+    method: str,
+    encoder_side_layers: Sequence[int],
+    decoder_side_layers: Sequence[int],
+    reduction: int,
+) -> TunedModel:
+    """The live T5 with the papers' side parameters.
+
+    Args:
+        backbone: a T5, from Hugging Face or as a `Backbone`.
+        params: tensors under the papers' names (SPEC 3.6): `encoder.side_mtsa_block.*`,
+            `encoder.final_side_layer_norm.weight`, and the same for the decoder.
+        method: `sherl`.
+        encoder_side_layers: 0-based blocks whose outputs are consolidated.
+        decoder_side_layers: the same; the last block is dropped from it, being the late one.
+        reduction: the backbone's width over the reduced width.
+
+    Raises InputError for an unknown method or parameters that do not fit.
+    """
+    if not isinstance(backbone, Backbone):
+        backbone = Backbone(backbone)
+    if method not in METHODS:
+        raise InputError(explain("method", expected=f"one of {sorted(METHODS)}", found=method))
+    depth = len(backbone.blocks("decoder"))
+    encoder = (0, *(layer + 1 for layer in encoder_side_layers))
+    decoder = (0, *(layer + 1 for layer in decoder_side_layers if layer < depth - 1))
+    spec = RouteSpec(
+        method=method,
+        taps={"encoder": encoder, "decoder": decoder},
+        last={"encoder": encoder[-1], "decoder": depth - 1},
+        late=1,
+        reduction=reduction,
+        variant="t5",
+        init="paper",
+        outputs=0,
+        pool="mean",
+    )
+    route = METHODS[method].build(backbone, spec)
+    if not isinstance(route, SherlSeq2Seq):
+        raise InputError("load_reference takes an encoder-decoder backbone")
+    used: set[str] = set()
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        found = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+        used.update(prefix + name for name in found)
+        return found
+
+    route.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
+    route.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
+    for norm, stream in ((route.encoder_norm, "encoder"), (route.late.final_layer_norm, "decoder")):
+        norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
+    if used != set(params):
+        left = sorted(set(params) - used)
+        raise InputError(explain("parameters", expected="the published names", found=left))
+    return TunedModel(backbone, route.to(backbone.device)).eval()

@@ -1,0 +1,427 @@
+"""Hugging Face models as frozen backbones: taps out, a late route in.
+
+Nothing of a model's arithmetic is written again. Taps are forward hooks on the model's own
+blocks; stage one runs a copy of the model's structure (its weights shared) that ends after the
+last tap; the late route is a copy that begins at the first late block.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from sherl_pipe.cache import InputError, UnsafeError
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
+from torch import Tensor, nn
+
+DEMO_MODEL = "demo"
+
+# Keys of a config that do not change what the weights compute.
+_IDLE_CONFIG = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "task_specific_params",
+    "id2label",
+    "label2id",
+    "_attn_implementation",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its blocks.
+
+    Attributes:
+        seq2seq: whether it is an encoder-decoder whose answers are words.
+        streams: by stream name, the path of the `ModuleList` of blocks.
+    """
+
+    seq2seq: bool
+    streams: Mapping[str, str]
+
+
+_ENCODER = Family(False, {"hidden": "encoder.layer"})
+_T5 = Family(True, {"encoder": "encoder.block", "decoder": "decoder.block"})
+
+# By the `model_type` of a Hugging Face config.
+FAMILIES: dict[str, Family] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+    "t5": _T5,
+    "mt5": _T5,
+}
+
+
+class Backbone:
+    """A frozen model in eval mode, with what the cache needs to know of it.
+
+    Attributes:
+        model: the Hugging Face module; no parameter requires a gradient.
+        family: its entry in `FAMILIES`.
+        name: as it was asked for.
+        revision: the hub's commit, None for a local folder.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "model", revision: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name, self.revision = name, revision
+        self.config: Any = model.config
+        self.family = family_of(self.config)
+        if self.family.seq2seq:
+            # T5 starts from its padding token; a config made by hand often does not say so.
+            for config in (self.config, getattr(model, "generation_config", None)):
+                if config is not None and getattr(config, "decoder_start_token_id", None) is None:
+                    config.decoder_start_token_id = self.config.pad_token_id
+
+    @property
+    def width(self) -> int:
+        width = getattr(self.config, "d_model", None) or self.config.hidden_size
+        return int(width)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def blocks(self, stream: str) -> nn.ModuleList:
+        """The blocks of a stream, in order."""
+        return blocks_of(self.model, self.family, stream)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def config_hash(self) -> str:
+        """Hash of the config fields that change what the weights compute."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _IDLE_CONFIG}
+        return hash_json(config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every weight: name, type, shape and bytes."""
+        return weights_fingerprint(self.model)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config. Raises InputError naming the known ones."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise InputError(
+            explain(
+                "model type",
+                expected=f"one of {', '.join(sorted(FAMILIES))}",
+                found=config.model_type,
+                todo="A family is an entry in FAMILIES of stages/backbone.py.",
+            )
+        )
+    return family
+
+
+def blocks_of(model: nn.Module, family: Family, stream: str) -> nn.ModuleList:
+    """The `ModuleList` of a stream."""
+    blocks = model.get_submodule(family.streams[stream])
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(f"{family.streams[stream]} is no ModuleList")
+    return blocks
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """sha256 over the sorted hashes of all weights, as float32 where they are floating."""
+
+    def digest(item: tuple[str, Tensor]) -> tuple[str, str]:
+        name, weight = item
+        # Half-precision checkpoints get one fingerprint whatever dtype they are run in.
+        weight = weight.detach().cpu()
+        weight = (weight.float() if weight.is_floating_point() else weight).contiguous()
+        shape = canonical_json([name, list(weight.shape)])
+        return name, hash_bytes(shape + weight.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    # hashlib lets go of the interpreter's lock, so threads share the work.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return hash_json(sorted(pool.map(digest, model.state_dict().items())))
+
+
+def resolve_model(name: str) -> str:
+    """`demo` is the embedded backbone; anything else is a folder or a hub id."""
+    if name == DEMO_MODEL and not Path(name).exists():
+        return str(files("sherl_pipe.stages.demo") / "model")
+    return name
+
+
+def load_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Backbone:
+    """Load a frozen backbone from a folder or the hub.
+
+    Weights come from safetensors files only and no code of a repository is run.
+
+    Raises:
+        InputError: not found, hub unreachable, unknown family, or weights that are missing.
+        UnsafeError: only pickled weights, or a model that needs its own code.
+    """
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = _load_config(name, revision)
+    family = family_of(config)
+    loader: Any = AutoModelForSeq2SeqLM if family.seq2seq else AutoModel
+    # A pooler would be random where the checkpoint has none; no tap depends on it.
+    extra = {} if family.seq2seq else {"add_pooling_layer": False}
+    with loading_errors(name, "model"):
+        model, report = loader.from_pretrained(
+            resolve_model(name),
+            revision=revision or "main",
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise InputError(
+            explain(
+                f"weights of {name}",
+                expected="every weight of the model",
+                found=f"{len(wrong)} missing or of another shape, such as {wrong[0]}",
+                todo="Use a complete checkpoint.",
+            )
+        )
+    backbone = Backbone(model, name, getattr(model.config, "_commit_hash", None))
+    _ = backbone.fingerprint  # of the weights as loaded, before a cast rounds them
+    model.to(device=device, dtype=dtype)
+    return backbone
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The model's own tokenizer. Raises InputError, UnsafeError."""
+    from transformers import AutoTokenizer
+
+    with loading_errors(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision or "main", trust_remote_code=False
+        )
+
+
+def _load_config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    with loading_errors(name, "config"):
+        return AutoConfig.from_pretrained(
+            resolve_model(name), revision=revision or "main", trust_remote_code=False
+        )
+
+
+class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors(...)`
+    """Turns what Hugging Face raises while loading into one message with a remedy."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text or "custom code" in text:
+            raise UnsafeError(
+                f"{self.name} needs code from its own repository, which is never run. "
+                "Use a model of a family that transformers has."
+            ) from error
+        if "safetensors" in text and "does not appear" in text:
+            raise UnsafeError(
+                f"{self.name} has no safetensors weights, and pickled ones are never read. "
+                "Convert it: model.save_pretrained(folder) writes safetensors."
+            ) from error
+        raise InputError(
+            f"cannot load the {self.what} of {self.name!r}: it is no folder with one, and the "
+            f"hub did not give it ({text[:200]}). Check the name, or point --model at a local "
+            "folder that has config.json, model.safetensors and the tokenizer's files."
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything that turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        import json
+
+        rules = json.loads(backend.to_str())
+        # Set per call, not part of the tokenizer.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"vocab": tokenizer.get_vocab()}
+    special = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
+    return hash_json([rules, special])
+
+
+def share(module: nn.Module) -> Any:
+    """A copy of a module's structure over the very same weights and buffers.
+
+    The copy can be cut and hooked without the original noticing.
+    """
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where `path` points."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+
+
+def cut_after(backbone: Backbone, stream: str, last_tap: int) -> nn.Module:
+    """The backbone's structure without the blocks that no tap up to `last_tap` needs."""
+    model: nn.Module = share(backbone.model)
+    blocks = blocks_of(model, backbone.family, stream)
+    kept = nn.ModuleList(list(blocks)[: max(1, last_tap)])
+    replace_module(model, backbone.family.streams[stream], kept)
+    return model
+
+
+class TapRecorder:
+    """Keeps the states at some taps of a list of blocks whenever they run.
+
+    `states[tap]` is `[B, S, d]` after a forward pass.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, taps: Iterable[int]) -> None:
+        self.states: dict[int, Tensor] = {}
+        for tap in taps:
+            if tap < len(blocks):
+                blocks[tap].register_forward_pre_hook(self._before(tap), with_kwargs=True)
+            else:
+                blocks[tap - 1].register_forward_hook(self._after(tap))
+
+    def _before(self, tap: int) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.states[tap] = args[0] if args else kwargs["hidden_states"]
+
+        return keep
+
+    def _after(self, tap: int) -> Callable[..., None]:
+        def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self.states[tap] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def stacked(self, taps: Sequence[int]) -> Tensor:
+        """`[K, B, S, d]` of the listed taps."""
+        return torch.stack([self.states[tap] for tap in taps])
+
+
+class EmbeddingPassthrough(nn.Module):
+    """Stands where the embeddings were; gives back the states it is handed."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
+        return inputs_embeds
+
+
+def late_encoder(backbone: Backbone, late: int) -> nn.Module:
+    """The last `late` blocks of an encoder, called with `inputs_embeds [B, S, d]`.
+
+    The model's own forward builds the mask; its weights are frozen and shared.
+    """
+    model: nn.Module = share(backbone.model)
+    path = backbone.family.streams["hidden"]
+    replace_module(
+        model, path, nn.ModuleList(list(blocks_of(model, backbone.family, "hidden"))[-late:])
+    )
+    replace_module(model, "embeddings", EmbeddingPassthrough())
+    return model
+
+
+def late_decoder(backbone: Backbone, late: int, final_norm: nn.Module) -> nn.Module:
+    """The last `late` blocks of a T5 decoder, ending in `final_norm`.
+
+    Called with `inputs_embeds [B, P, d]` and `encoder_hidden_states [B, S, d]`. The relative
+    position bias belongs to block 0 of the whole stack and moves to the first block that is left.
+    """
+    stack: Any = share(backbone.model.get_submodule("decoder"))
+    bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
+    stack.block = nn.ModuleList(list(stack.block)[-late:])
+    attention = stack.block[0].layer[0].SelfAttention
+    attention.has_relative_attention_bias = True
+    attention.relative_attention_bias = bias
+    stack.embed_tokens = None
+    stack.final_layer_norm = final_norm
+    decoder: nn.Module = stack
+    return decoder
+
+
+def paper_blocks(blocks: int) -> list[int]:
+    """Side layers of the published T5-base run, [1,2,3,5,6,7,9,10,11] of 12 (SPEC 3.2), for any
+    depth: every block whose number is no multiple of four."""
+    return [block for block in range(blocks) if block % 4] or [0]
+
+
+def paper_taps(family: Family, stream: str, blocks: int, late: int = 1) -> list[int]:
+    """Taps that SHERL reads from a stream.
+
+    T5 encoder: the embedding and the outputs of the side layers. T5 decoder: the same below the
+    late block. Encoders: every input up to that of the late block.
+    """
+    if not family.seq2seq:
+        return list(range(blocks - late + 1))
+    top = blocks if stream == "encoder" else blocks - late
+    return [0, *(block + 1 for block in paper_blocks(blocks) if block + 1 <= top)]
+
+
+def extracted_taps(
+    family: Family, depths: Mapping[str, int], wanted: str | Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The taps that `extract` stores per stream.
+
+    Args:
+        depths: blocks per stream.
+        wanted: `paper`, `all`, or tap numbers for every stream.
+
+    A T5 encoder's top tap is always among them (label words attached later need it), and so is
+    the state that enters the last decoder block (the late route's own input).
+
+    Raises InputError for a tap that a stream does not have.
+    """
+    taps: dict[str, tuple[int, ...]] = {}
+    for stream, blocks in depths.items():
+        if wanted == "paper":
+            chosen = paper_taps(family, stream, blocks)
+        elif wanted == "all":
+            chosen = list(range(blocks + (0 if stream == "decoder" else 1)))
+        else:
+            chosen = [int(tap) for tap in wanted]
+        needed = [blocks] if stream == "encoder" else [blocks - 1] if stream == "decoder" else []
+        result = tuple(sorted({*chosen, *needed}))
+        if result[0] < 0 or result[-1] > blocks:
+            raise InputError(
+                explain(f"taps of the {stream}", expected=f"0 to {blocks}", found=list(result))
+            )
+        taps[stream] = result
+    return taps

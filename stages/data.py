@@ -1,0 +1,421 @@
+"""Inputs and tasks: files or the hub -> rendered texts, ids, labels with their meaning."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sherl_pipe.cache import InputError, LabelTable, TaskSpec
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import example_id
+from sherl_pipe.cache.labels import Label
+
+DEMO_DATA = "demo"
+TEMPLATES = ("task", "neutral")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+
+# GLUE's text fields as in the published runs (SPEC section 8); a field without a colon there has
+# none here.
+GLUE: dict[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+    "stsb": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "qnli": ("question", "sentence"),
+    "mnli": ("premise", "hypothesis"),
+}
+_NO_COLON = {("mnli", "hypothesis")}
+GLUE_METRICS: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews",),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+}
+_USUAL_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"), ("question", "sentence"))
+
+# More label words than this are no classes but free text.
+MAX_WORDS = 256
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the columns of a row become the text segments of an input.
+
+    Attributes:
+        segments: per segment, pieces (prefix, column) that are joined by a blank.
+    """
+
+    segments: tuple[tuple[tuple[str, str], ...], ...]
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The texts of a row. Raises KeyError for a column that it lacks."""
+        return tuple(
+            " ".join(f"{prefix}{row[column]}" for prefix, column in pieces)
+            for pieces in self.segments
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column for pieces in self.segments for _, column in pieces)
+
+    def to_json(self) -> list[Any]:
+        return [[list(piece) for piece in pieces] for pieces in self.segments]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Template:
+        return cls(tuple(tuple((p, c) for p, c in pieces) for pieces in data))
+
+
+def make_template(kind: str, task: str, columns: Sequence[str], *, seq2seq: bool) -> Template:
+    """The template of a task.
+
+    A text-to-text backbone reads one string, `task name: value ...`; `neutral` leaves the task's
+    name out. An encoder reads the columns as one or two segments, `task` putting the name before
+    the first.
+    """
+    if kind not in TEMPLATES:
+        raise InputError(explain("template", expected=f"one of {TEMPLATES}", found=kind))
+    lead = f"{task} " if kind == "task" else ""
+    if seq2seq:
+        pieces = []
+        for number, column in enumerate(columns):
+            colon = "" if (task, column) in _NO_COLON else ":"
+            pieces.append((f"{lead if number == 0 else ''}{column}{colon} ", column))
+        return Template((tuple(pieces),))
+    if len(columns) > 2:
+        raise InputError(
+            explain("text columns of an encoder", expected="one or two", found=list(columns))
+        )
+    return Template(
+        tuple(((lead if number == 0 else "", column),) for number, column in enumerate(columns))
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one task as it was found.
+
+    Attributes:
+        task, role: such as `sst2` and `train`.
+        rows: one mapping per row.
+        columns: the text columns.
+        label_column: None where there are no labels.
+        origin: file or hub id, for messages.
+    """
+
+    task: str
+    role: str
+    rows: Sequence[Mapping[str, Any]]
+    columns: tuple[str, ...]
+    label_column: str | None
+    origin: str
+
+    @property
+    def name(self) -> str:
+        """The split's name in a cache."""
+        return f"{self.task}/{self.role}"
+
+    def texts(self, template: Template) -> list[tuple[str, ...]]:
+        """Rendered segments of every row. Raises InputError for a missing or odd value."""
+        return [self._render(number, row, template) for number, row in enumerate(self.rows)]
+
+    def _render(self, number: int, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
+        for column in template.columns:
+            value = row.get(column)
+            if not isinstance(value, str):
+                raise InputError(
+                    explain(
+                        f"{self.origin}, row {number + 1}, column {column!r}",
+                        expected="text",
+                        found="nothing" if value is None else f"{type(value).__name__} {value!r}",
+                    )
+                )
+        return template.render(row)
+
+
+def load_sources(
+    data: str,
+    *,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Source]:
+    """Find the splits that `data` names.
+
+    Args:
+        data: `demo`; a folder `NAME/<task>/<split>.{jsonl,csv,tsv,parquet}` or `<task>/<split>.*`;
+            one such file; `glue`, `glue/<task>` or another hub id.
+        text_columns: columns that hold the text; guessed for GLUE and the usual names.
+        label_column: `label` where it exists by default.
+        tasks: keep these only.
+        limit: keep the first rows of every split.
+
+    Raises InputError naming the file and row.
+    """
+    path = Path(data)
+    if data == DEMO_DATA and not path.exists():
+        found = _demo()
+    elif path.is_file():
+        found = [(path.stem, "train", _read_file(path), str(path))]
+    elif path.is_dir():
+        found = list(_folder(path))
+    else:
+        found = list(_hub(data, tasks))
+    sources = []
+    for task, role, rows, origin in found:
+        if tasks and task not in tasks:
+            continue
+        rows = rows[:limit] if limit is not None else rows
+        if not rows:
+            raise InputError(f"{origin} has no rows. Remove it or fill it.")
+        columns, label = _columns(task, rows[0], text_columns, label_column, origin)
+        sources.append(Source(task, role, rows, columns, label, origin))
+    if not sources:
+        wanted = f"task {', '.join(tasks)}" if tasks else "a split"
+        raise InputError(
+            explain(
+                f"{data} has no {wanted}",
+                expected=f"<task>/<split>{{{','.join(SUFFIXES)}}}",
+                found=sorted({task for task, *_ in found}) or "none",
+            )
+        )
+    return sources
+
+
+_Found = tuple[str, str, Sequence[Mapping[str, Any]], str]
+
+
+def _folder(path: Path) -> Iterator[_Found]:
+    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    folders = [(path.resolve().name, files)] if files else []
+    for folder in sorted(path.iterdir()):
+        if folder.is_dir():
+            inner = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+            folders.append((folder.name, inner))
+    for task, members in folders:
+        # Training data first, so that its shards own the texts that splits share.
+        for file in sorted(members, key=lambda file: (file.stem != "train", file.stem)):
+            yield task, file.stem, _read_file(file), str(file)
+
+
+def _demo() -> list[_Found]:
+    from sherl_pipe.stages.demo.data import write_corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(folder)
+        return [
+            (task, role, rows, f"demo/{task}/{role}")
+            for task, role, rows, _ in _folder(Path(folder))
+        ]
+
+
+def _hub(data: str, tasks: Sequence[str]) -> Iterator[_Found]:
+    name, _, task = data.partition("/") if data.startswith("glue/") else (data, "", "")
+    wanted: Sequence[str | None] = [None]
+    if name == "glue":
+        name = "nyu-mll/glue"
+        wanted = [task] if task else [known for known in GLUE if not tasks or known in tasks]
+    try:
+        import datasets
+
+        datasets.disable_progress_bars()
+        for config in wanted:
+            for split, content in datasets.load_dataset(name, config).items():
+                if not split.startswith("test"):  # GLUE's test labels are not public
+                    origin = f"{name} {config or ''} {split}".replace("  ", " ")
+                    yield config or name.rsplit("/", 1)[-1], split, content.to_list(), origin
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"cannot find the data {data!r}: there is no such folder or file here, and the hub "
+            f"did not give the data set {name!r} ({' '.join(str(error).split())[:160]}). Point "
+            "--data at a folder NAME/<task>/<split>.jsonl, or at one file with --text-column."
+        ) from error
+
+
+def _read_file(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of one file. Raises InputError naming the line."""
+    if path.suffix not in SUFFIXES:
+        raise InputError(explain(f"{path}", expected=f"one of {SUFFIXES}", found=path.suffix))
+    try:
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+            return rows
+        csv.field_size_limit(sys.maxsize)
+        with path.open(encoding="utf-8", newline="") as file:
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            return list(csv.DictReader(file, delimiter=delimiter))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            explain(
+                f"{path}",
+                expected="UTF-8",
+                found=f"another encoding ({error})",
+                todo="Convert the file to UTF-8.",
+            )
+        ) from error
+    except (csv.Error, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}, is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(
+                    explain(f"{path}, line {number}", expected="a JSON object", found=repr(row))
+                )
+            rows.append(row)
+    return rows
+
+
+def _columns(
+    task: str,
+    row: Mapping[str, Any],
+    text_columns: Sequence[str],
+    label_column: str | None,
+    origin: str,
+) -> tuple[tuple[str, ...], str | None]:
+    """Text and label columns of a split."""
+    for asked in (*text_columns, *([label_column] if label_column else [])):
+        if asked not in row:
+            raise InputError(
+                explain(f"{origin}: column", expected=asked, found=sorted(map(str, row)))
+            )
+    label = label_column or ("label" if "label" in row else None)
+    if text_columns:
+        return tuple(text_columns), label
+    for columns in (GLUE.get(task, ()), *sorted(_USUAL_COLUMNS, key=len, reverse=True)):
+        if columns and all(column in row for column in columns):
+            return columns, label
+    raise InputError(
+        explain(
+            f"{origin}: text columns",
+            expected="one of the usual names, or --text-column",
+            found=sorted(map(str, row)),
+            todo="Name the columns with --text-column (twice for pairs).",
+        )
+    )
+
+
+def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -> list[LabelTable]:
+    """The labels of every labelled split, by example id.
+
+    Args:
+        sources: splits; those of one task share the meaning of their labels.
+        templates: by split name; what ids are made from.
+    """
+    by_task: dict[str, list[Source]] = {}
+    for source in sources:
+        if source.label_column is not None:
+            by_task.setdefault(source.task, []).append(source)
+    tables = []
+    for task, members in by_task.items():
+        values = {source.name: _label_values(source) for source in members}
+        spec = task_spec(task, [value for column in values.values() for value in column])
+        for source in members:
+            ids = [example_id(texts) for texts in source.texts(templates[source.name])]
+            labels = [encode_label(spec, value) for value in values[source.name]]
+            tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
+    return tables
+
+
+def _label_values(source: Source) -> list[Any]:
+    values = []
+    for number, row in enumerate(source.rows):
+        value = row.get(source.label_column or "")
+        if not isinstance(value, (int, float, str)) or value == "" or value != value:
+            raise InputError(
+                explain(
+                    f"{source.origin}, row {number + 1}, column {source.label_column!r}",
+                    expected="a label (text or number)",
+                    found=repr(value),
+                )
+            )
+        values.append(value)
+    return _numbers(values) if all(isinstance(value, str) for value in values) else values
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    """Text labels of a CSV file as numbers where all of them are."""
+    for kind in (int, float):
+        try:
+            return [kind(value) for value in values]
+        except ValueError:
+            continue
+    return values
+
+
+def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
+    """What the labels of a task mean: fractions make it a regression, all else classes.
+
+    Raises InputError for a task with one class, or with more words than can be scored.
+    """
+    metrics = GLUE_METRICS.get(task, ())
+    if any(isinstance(value, float) for value in values):
+        words = tuple(f"{value:.6g}" for value in _grades([float(value) for value in values]))
+        if task == "stsb":
+            words = tuple(f"{grade / 5:.1f}" for grade in range(26))
+        return TaskSpec("regression", (), words, metrics or ("pearson", "spearman"))
+    classes = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    if all(isinstance(value, int) for value in classes) and classes[0] >= 0:
+        classes = list(range(max(classes) + 1))
+    if len(classes) < 2:
+        raise InputError(
+            explain(f"labels of {task}", expected="two classes or more", found=classes)
+        )
+    if len(classes) > MAX_WORDS:
+        raise InputError(
+            explain(
+                f"labels of {task}",
+                expected=f"at most {MAX_WORDS} classes, or fractions for a regression",
+                found=f"{len(classes)} different values",
+                todo="Free-text targets are not classes; write numbers with a decimal point "
+                "for a regression.",
+            )
+        )
+    names = tuple(str(value) for value in classes)
+    return TaskSpec("classification", names, names, metrics or ("accuracy",))
+
+
+def _grades(values: Sequence[float]) -> list[float]:
+    """The values that a graded task's words stand for: its own, or 26 even steps."""
+    distinct = sorted(set(values))
+    if len(distinct) <= 26:
+        return distinct
+    low, high = distinct[0], distinct[-1]
+    return [low + (high - low) * step / 25 for step in range(26)]
+
+
+def encode_label(spec: TaskSpec, value: Any) -> Label:
+    """The class number, or the float, of a label. Raises InputError for an unknown class."""
+    if spec.kind == "regression":
+        return float(value)
+    try:
+        return spec.classes.index(str(value))
+    except ValueError as error:
+        raise InputError(
+            explain("label", expected=f"one of {list(spec.classes)}", found=repr(value))
+        ) from error

@@ -1,0 +1,43 @@
+"""Peak memory of a piece of work, above what was held before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures from its making on: the allocator's peak on CUDA, resident memory elsewhere.
+
+    Resident memory includes what the allocator keeps for later; runs compared with one another
+    should each have a process of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        if _RESET.exists():
+            # Linux: forget the process's high-water mark.
+            _RESET.write_text("5")
+        self._before = psutil.Process().memory_info().rss
+
+    def peak_mib(self) -> float:
+        """MiB above the start, at the highest point so far."""
+        if self._device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self._device) - self._before) / 2**20
+        peak = _high_water() if _STATUS.exists() else psutil.Process().memory_info().rss
+        return max(0.0, (peak - self._before) / 2**20)
+
+
+def _high_water() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

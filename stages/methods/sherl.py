@@ -1,0 +1,250 @@
+"""SHERL: consolidated taps into the last frozen blocks (Diao et al., ECCV 2024).
+
+A route has two faces over the same parameters: `forward` takes packed features from a cache,
+`attach` hooks the same computation into the live backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sherl_pipe.cache import InputError
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.backbone import (
+    Backbone,
+    TapRecorder,
+    blocks_of,
+    late_decoder,
+    late_encoder,
+    paper_taps,
+    share,
+)
+from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.methods.base import RouteSpec, pooled
+from sherl_pipe.stages.methods.consolidation import Consolidation
+from torch import Tensor, nn
+
+__all__ = ["Consolidation", "Sherl", "SherlEncoder", "SherlSeq2Seq"]
+
+
+class SherlEncoder(nn.Module):
+    """SHERL on an encoder: consolidation, the last frozen blocks, a pooled head (SPEC 2.3).
+
+    Args:
+        backbone: the frozen model.
+        spec: `spec.taps["hidden"]` ends with the tap that enters the first late block.
+    """
+
+    def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width, taps = backbone.width, spec.taps["hidden"]
+        self.consolidation = Consolidation(
+            width, width // spec.reduction, len(taps), spec.variant, spec.init
+        )
+        self.late = late_encoder(backbone, spec.late)
+        self.head = nn.Linear(width, spec.outputs)
+
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream."""
+        return {"hidden": self.spec.taps["hidden"]}
+
+    def forward(self, hidden: Packed) -> Tensor:
+        """Logits `[B, outputs]` of cached features."""
+        state = self.consolidation(hidden.states, hidden.states[-1])
+        mask = hidden.mask
+        out = self.late(inputs_embeds=hidden.pad(state), attention_mask=mask.long())
+        logits: Tensor = self.head(pooled(out.last_hidden_state, mask, self.spec.pool))
+        return logits
+
+    def attach(self, backbone: Backbone) -> nn.Module:
+        """The live backbone with the consolidation hooked in; its weights are shared."""
+        model: nn.Module = share(backbone.model)
+        blocks = blocks_of(model, backbone.family, "hidden")
+        taps = self.spec.taps["hidden"]
+        recorder = TapRecorder(blocks, taps)
+
+        def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            stacked = recorder.stacked(taps)
+            state = self.consolidation(stacked, stacked[-1])
+            return (state, *args[1:]), kwargs
+
+        blocks[taps[-1]].register_forward_pre_hook(substitute, with_kwargs=True)
+        return model
+
+
+class SherlSeq2Seq(nn.Module):
+    """SHERL on T5 (SPEC 3): both stacks consolidated, the last decoder blocks as late route.
+
+    Args:
+        backbone: the frozen T5.
+        spec: `spec.taps["encoder"]` and `["decoder"]` are the consolidated taps;
+            `spec.last["decoder"]` is the tap that enters the first late block, listed or not.
+    """
+
+    def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = backbone.width
+        model: Any = backbone.model
+
+        def consolidation(stream: str) -> Consolidation:
+            count = len(spec.taps[stream])
+            return Consolidation(width, width // spec.reduction, count, spec.variant, spec.init)
+
+        def side_norm(norm: Any) -> Any:
+            side = type(norm)(width, norm.variance_epsilon)
+            if spec.init == "residual":
+                side.load_state_dict(norm.state_dict())
+            return side
+
+        self.encoder = consolidation("encoder")
+        self.decoder = consolidation("decoder")
+        self.encoder_norm = side_norm(model.encoder.final_layer_norm)
+        self.late = late_decoder(backbone, spec.late, side_norm(model.decoder.final_layer_norm))
+        self.lm_head: nn.Module = share(model.lm_head)
+        self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
+
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream; the last feature at the end."""
+        taps = {}
+        for stream in ("encoder", "decoder"):
+            listed, last = self.spec.taps[stream], self.spec.last[stream]
+            taps[stream] = listed if listed[-1] == last else (*listed, last)
+        return taps
+
+    def forward(self, encoder: Packed, decoder: Packed, mask: Tensor | None = None) -> Tensor:
+        """Logits `[B, P, vocabulary]` of cached features.
+
+        Args:
+            encoder: packed encoder taps.
+            decoder: packed decoder taps of P positions per example.
+            mask: additive decoder mask `[1, 1, P, P]`; causal where None.
+        """
+        state = self._consolidate("decoder", decoder)
+        return self.decode(encoder, decoder.pad(state), mask)
+
+    def decode(self, encoder: Packed, state: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits `[B, P, vocabulary]` of consolidated decoder states `[B, P, d]`."""
+        memory = self.encoder_norm(self._consolidate("encoder", encoder))
+        out = self.late(
+            inputs_embeds=state,
+            attention_mask=mask,
+            encoder_hidden_states=encoder.pad(memory),
+            encoder_attention_mask=encoder.mask.long(),
+            use_cache=False,
+        )
+        logits: Tensor = self.lm_head(out.last_hidden_state * self.scale)
+        return logits
+
+    def node_logits(self, encoder: Packed, decoder: Packed, tree: Any) -> Tensor:
+        """Logits `[B, nodes, vocabulary]` at every node of a prefix tree.
+
+        `decoder` holds the states of all nodes of every example.
+        """
+        nodes = self._consolidate("decoder", decoder).view(
+            len(decoder.lengths), len(tree.nodes), -1
+        )
+        flat = nodes[:, tree.flat_nodes]
+        logits = self.decode(encoder, flat, tree.flat_mask(flat.dtype).to(flat.device))
+        return logits[:, tree.first_places().to(flat.device)]
+
+    def _consolidate(self, stream: str, packed: Packed) -> Tensor:
+        count = len(self.spec.taps[stream])
+        module: Consolidation = getattr(self, stream)
+        state: Tensor = module(packed.states[:count], packed.states[-1])
+        return state
+
+    def attach(self, backbone: Backbone) -> nn.Module:
+        """The live T5 with both consolidations hooked in; its weights are shared.
+
+        The encoder hands on the frozen and the side memory side by side, `[B, S, 2d]`, so that
+        whatever `generate` does to encoder outputs (beams, batches) happens to both; every
+        decoder block then takes its half.
+        """
+        model: Any = share(backbone.model)
+        width = backbone.width
+        encoder_taps, decoder_taps = self.reads()["encoder"], self.reads()["decoder"]
+        encoder_states = TapRecorder(model.encoder.block, encoder_taps)
+        decoder_states = TapRecorder(model.decoder.block, decoder_taps)
+        first_late = len(model.decoder.block) - self.spec.late
+
+        def consolidate(stream: str, recorder: TapRecorder) -> Tensor:
+            taps = self.spec.taps[stream]
+            last = recorder.states[self.spec.last[stream]]
+            module: Consolidation = getattr(self, stream)
+            state: Tensor = module(recorder.stacked(taps), last)
+            return state
+
+        def both_memories(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            side = self.encoder_norm(consolidate("encoder", encoder_states))
+            output.last_hidden_state = torch.cat([output.last_hidden_state, side], dim=-1)
+            return output
+
+        def take_half(number: int) -> Any:
+            late = number >= first_late
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                state, attention, bias, memory, *rest = args
+                memory = memory[..., width:] if late else memory[..., :width]
+                if number == first_late:
+                    state = consolidate("decoder", decoder_states)
+                return (state, attention, bias, memory, *rest), kwargs
+
+            return hook
+
+        model.encoder.register_forward_hook(both_memories)
+        for number, block in enumerate(model.decoder.block):
+            block.register_forward_pre_hook(take_half(number), with_kwargs=True)
+        model.decoder.final_layer_norm = self.late.final_layer_norm
+        live: nn.Module = model
+        return live
+
+
+class Sherl:
+    """The method `sherl`: which taps it reads and how its route is built."""
+
+    name = "sherl"
+
+    @staticmethod
+    def choose_taps(
+        backbone: Backbone, late: int, cached: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+        """Consolidated taps and last feature per stream, of those that a cache holds.
+
+        The published selection where the cache has it, else every cached tap below the late
+        route. Raises InputError where the late route's own input is not cached.
+        """
+        taps: dict[str, tuple[int, ...]] = {}
+        last: dict[str, int] = {}
+        for stream, held in cached.items():
+            blocks = len(backbone.blocks(stream))
+            if not 1 <= late < blocks:
+                raise InputError(
+                    explain("late", expected=f"1 to {blocks - 1} ({blocks} blocks)", found=late)
+                )
+            wanted = paper_taps(backbone.family, stream, blocks, late)
+            top = blocks if stream == "encoder" else blocks - late
+            if not set(wanted) <= set(held):
+                wanted = [tap for tap in held if tap <= top]
+            last[stream] = wanted[-1] if stream == "encoder" else top
+            needed = {*wanted, last[stream]}
+            if not needed <= set(held) or len(wanted) < 2:
+                raise InputError(
+                    explain(
+                        f"taps of the {stream}",
+                        expected=f"{sorted(needed)} for --late {late}",
+                        found=f"{list(held)} in the cache",
+                        todo="Extract to another --cache with --taps all.",
+                    )
+                )
+            taps[stream] = tuple(wanted)
+        return taps, last
+
+    @staticmethod
+    def build(backbone: Backbone, spec: RouteSpec) -> SherlEncoder | SherlSeq2Seq:
+        """A fresh route; only its own parameters require gradients."""
+        kind = SherlSeq2Seq if backbone.family.seq2seq else SherlEncoder
+        return kind(backbone, spec).to(backbone.device)

@@ -1,0 +1,57 @@
+"""The papers' own figures (tests/golden), and how they are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+GOLDEN = Path(__file__).parent / "golden"
+OUTPUT, LOGITS, GRADIENT = 1e-5, 2e-5, 2e-4
+
+
+def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of one golden file."""
+    path = GOLDEN / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["meta"])
+    return meta, load_file(path)
+
+
+def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b|, SPEC section 0."""
+    assert found.shape == expected.shape
+    return float((found.detach() - expected).abs().max() / expected.abs().max())
+
+
+def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], zero: list[str]) -> None:
+    """Compare gradients per tensor; those that are zero on paper only have to be tiny."""
+    assert expected
+    for name, gradient in expected.items():
+        if any(name in entry for entry in zero):
+            assert found[name].abs().max() < 1e-6, name
+        else:
+            assert difference(found[name], gradient) < GRADIENT, name
+
+
+def backbone(file: str) -> T5ForConditionalGeneration:
+    """A golden backbone in Hugging Face's T5."""
+    meta, tensors = load(file.removesuffix(".safetensors"))
+    model = T5ForConditionalGeneration(T5Config(**meta["config"]))
+    if "lm_head.weight" in tensors:
+        # transformers 5 ties the head whatever the config says.
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(tensors["lm_head.weight"]))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and all("embed_tokens" in name or "lm_head" in name for name in missing)
+    return model.eval()
