@@ -187,6 +187,8 @@ def load_backbone(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Loading reports go to stderr unasked; what is missing is checked below.
+    logging.set_verbosity_error()
     config = _load_config(name, revision)
     family = family_of(config)
     loader: Any = AutoModelForSeq2SeqLM if family.seq2seq else AutoModel

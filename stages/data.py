@@ -128,6 +128,22 @@ class Source:
         """Rendered segments of every row. Raises InputError for a missing or odd value."""
         return [self._render(number, row, template) for number, row in enumerate(self.rows)]
 
+    def labels(self) -> list[Any]:
+        """The raw label of every row. Raises InputError for a row without one."""
+        values = []
+        for number, row in enumerate(self.rows):
+            value = row.get(self.label_column or "")
+            if not isinstance(value, (int, float, str)) or value == "" or value != value:
+                raise InputError(
+                    explain(
+                        f"{self.origin}, row {number + 1}, column {self.label_column!r}",
+                        expected="a label (text or number)",
+                        found=repr(value),
+                    )
+                )
+            values.append(value)
+        return _numbers(values) if all(isinstance(value, str) for value in values) else values
+
     def _render(self, number: int, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
         for column in template.columns:
             value = row.get(column)
@@ -333,29 +349,13 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
             by_task.setdefault(source.task, []).append(source)
     tables = []
     for task, members in by_task.items():
-        values = {source.name: _label_values(source) for source in members}
+        values = {source.name: source.labels() for source in members}
         spec = task_spec(task, [value for column in values.values() for value in column])
         for source in members:
             ids = [example_id(texts) for texts in source.texts(templates[source.name])]
             labels = [encode_label(spec, value) for value in values[source.name]]
             tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
     return tables
-
-
-def _label_values(source: Source) -> list[Any]:
-    values = []
-    for number, row in enumerate(source.rows):
-        value = row.get(source.label_column or "")
-        if not isinstance(value, (int, float, str)) or value == "" or value != value:
-            raise InputError(
-                explain(
-                    f"{source.origin}, row {number + 1}, column {source.label_column!r}",
-                    expected="a label (text or number)",
-                    found=repr(value),
-                )
-            )
-        values.append(value)
-    return _numbers(values) if all(isinstance(value, str) for value in values) else values
 
 
 def _numbers(values: list[Any]) -> list[Any]:

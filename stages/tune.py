@@ -143,6 +143,15 @@ class Task:
         self.cache, self.name, self.backbone = cache, name, backbone
         self.train, self.held_out = _roles(cache.tasks[name])
         self.spec: TaskSpec = self.train.spec
+        if self.held_out.spec != self.spec:
+            raise InputError(
+                explain(
+                    f"labels of {name}/{self.held_out.role}",
+                    expected=self.spec.to_json(),
+                    found=self.held_out.spec.to_json(),
+                    todo="Attach both splits' labels in one `sherl-pipe label` command.",
+                )
+            )
         self.tree: PrefixTree | None = None
         if backbone.family.seq2seq:
             start = int(backbone.config.decoder_start_token_id)

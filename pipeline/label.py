@@ -1,0 +1,170 @@
+"""Attach labels to texts that a cache already holds, joined by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import ID_BYTES, example_id
+from sherl_pipe.stages.data import Source, Template, encode_label, load_sources, task_spec
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How a label file is read.
+
+    Attributes:
+        id_column: hexadecimal example ids; else ids are made from the text columns.
+        role: of the labels; the file's stem where None.
+        partial: accept examples of the split that get no label.
+    """
+
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    id_column: str | None = None
+    role: str | None = None
+    partial: bool = False
+
+
+def attach_labels(
+    cache: FeatureCache, task: str, files: Sequence[Path], options: LabelOptions
+) -> dict[str, int]:
+    """Attach one task's labels; by role, how many rows are new or changed.
+
+    Raises InputError naming the first row or id that does not fit.
+    """
+    read = [_read(cache, file, options) for file in files]
+    roles = [options.role or file.stem for file in files]
+    if len(set(roles)) < len(roles):
+        raise InputError(f"several files have the role {roles[0]}; name them by their split")
+    others = {role: table for role, table in cache.tasks.get(task, {}).items() if role not in roles}
+    spec = task_spec(task, [value for _, values in read for value in values])
+    for table in others.values():
+        if table.spec != spec:
+            # Labels of a part of the classes keep the meaning that the task has.
+            spec = table.spec
+    changed = {}
+    with CacheWriter.open(cache.path, cache.identity) as writer:
+        for role, (ids, values) in zip(roles, read, strict=True):
+            labels = tuple(encode_label(spec, value) for value in values)
+            changed[role] = writer.write_labels(LabelTable(task, role, spec, tuple(ids), labels))
+    return changed
+
+
+def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[bytes], list[Any]]:
+    """Ids and raw labels of a file."""
+    columns = options.text_columns
+    if options.id_column and not columns:
+        columns = (options.id_column,)
+    (source,) = load_sources(str(file), text_columns=columns, label_column=options.label_column)
+    if source.label_column is None:
+        raise InputError(
+            explain(
+                f"{file}: label column",
+                expected="label, or --label-column",
+                found=sorted(source.rows[0]),
+            )
+        )
+    values = source.labels()
+    ids = _given_ids(source, options) if options.id_column else _ids_by_text(cache, source)
+    _check_ids(cache, source, ids, values, options)
+    return ids, values
+
+
+def _given_ids(source: Source, options: LabelOptions) -> list[bytes]:
+    ids = []
+    for number, row in enumerate(source.rows):
+        value = row.get(options.id_column or "")
+        try:
+            identity = bytes.fromhex(str(value))
+        except ValueError:
+            identity = b""
+        if len(identity) != ID_BYTES:
+            raise InputError(
+                explain(
+                    f"{source.origin}, row {number + 1}, column {options.id_column!r}",
+                    expected=f"an example id ({2 * ID_BYTES} hexadecimal digits)",
+                    found=repr(value),
+                )
+            )
+        ids.append(identity)
+    return ids
+
+
+def _ids_by_text(cache: FeatureCache, source: Source) -> list[bytes]:
+    """Ids of the texts under the cache's template that knows most of them."""
+    best: tuple[int, list[bytes]] | None = None
+    for template in cache_templates(cache):
+        if not set(template.columns) <= source.rows[0].keys():
+            continue
+        ids = [example_id(texts) for texts in source.texts(template)]
+        known = sum(identity in cache.places for identity in ids)
+        if best is None or known > best[0]:
+            best = known, ids
+    if best is None:
+        wanted = sorted({template.columns for template in cache_templates(cache)})
+        raise InputError(
+            explain(
+                f"{source.origin}: columns",
+                expected=f"one of {wanted}",
+                found=sorted(source.rows[0]),
+            )
+        )
+    return best[1]
+
+
+def cache_templates(cache: FeatureCache) -> list[Template]:
+    """The distinct templates of a cache's splits."""
+    found: dict[str, Template] = {}
+    for split in cache.splits:
+        for stream in cache.streams(split).values():
+            if "template" in stream.notes:
+                data = stream.notes["template"]
+                found[str(data)] = Template.from_json(data)
+    return list(found.values())
+
+
+def _check_ids(
+    cache: FeatureCache,
+    source: Source,
+    ids: Sequence[bytes],
+    values: Sequence[Any],
+    options: LabelOptions,
+) -> None:
+    """Raise for ids that the cache lacks, that contradict themselves, or that are left out."""
+    labels: dict[bytes, Any] = {}
+    counts: dict[str, int] = {}
+    for number, (identity, value) in enumerate(zip(ids, values, strict=True)):
+        where = f"{source.origin}, row {number + 1}"
+        if identity not in cache.places:
+            raise InputError(
+                f"{where}: example {identity.hex()} is not in the cache {cache.path}. Extract its "
+                f"text first, or remove the row: {_short(source.rows[number])}"
+            )
+        if options.id_column and labels.setdefault(identity, value) != value:
+            raise InputError(
+                explain(
+                    f"{where}: example {identity.hex()} is labelled twice",
+                    expected=repr(labels[identity]),
+                    found=repr(value),
+                )
+            )
+        split = cache.places[identity][0]
+        counts[split] = counts.get(split, 0) + 1
+    split = max(counts, key=lambda name: counts[name])
+    given = set(ids)
+    for identity, (owner, _) in cache.places.items():
+        if owner == split and identity not in given and not options.partial:
+            raise InputError(
+                f"{source.origin}: example {identity.hex()} of {split} has no label. Label every "
+                "example, or allow gaps with --partial."
+            )
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    text = str(dict(row))
+    return text if len(text) <= 120 else text[:117] + "..."

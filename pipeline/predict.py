@@ -1,0 +1,140 @@
+"""Predictions of an adapter on the live backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sherl_pipe.cache import InputError, StaleCacheError
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.pipeline.console import Bars
+from sherl_pipe.pipeline.steps import pick_device
+from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
+from sherl_pipe.stages.backbone import load_backbone, load_tokenizer, tokenizer_fingerprint
+from sherl_pipe.stages.data import Template, load_sources
+from sherl_pipe.stages.extract import tokenize
+from sherl_pipe.stages.tune import predictions
+from sherl_pipe.stages.words import PrefixTree
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One input's answer: `label` is a class name or a number; `probability` is of that class,
+    None for numbers."""
+
+    text: tuple[str, ...]
+    label: str | float
+    probability: float | None
+
+
+class Predictor:
+    """An adapter attached to its live backbone.
+
+    Args:
+        folder: of the adapter.
+        model: where the backbone is now; by default where the adapter's cache had it from.
+        device: `auto`, `cpu`, `cuda`, ...
+
+    Raises StaleCacheError for another backbone or tokenizer.
+    """
+
+    def __init__(self, folder: Path, *, model: str | None = None, device: str = "auto") -> None:
+        config, _ = read_adapter(folder)
+        name = model or str(config.backbone["name"])
+        revision = config.backbone.get("revision")
+        backbone = load_backbone(name, revision=revision, device=pick_device(device))
+        self.config, route = load_route(folder, backbone)
+        self.tokenizer = load_tokenizer(name, revision)
+        found = tokenizer_fingerprint(self.tokenizer)
+        if found != config.tokenizer:
+            raise StaleCacheError(
+                explain(
+                    f"{folder}: tokenizer",
+                    expected=config.tokenizer,
+                    found=found,
+                    todo="Use the tokenizer that the adapter was tuned with.",
+                )
+            )
+        self.template = Template.from_json(config.template)
+        self.device = backbone.device
+        self.model = TunedModel(backbone, route).eval()
+        self.tree: PrefixTree | None = None
+        if backbone.family.seq2seq:
+            start = int(backbone.config.decoder_start_token_id)
+            self.tree = PrefixTree.of_words(config.labels.words, self.tokenizer, start)
+
+    def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Texts from the command line; for pairs, two and two belong together."""
+        columns = self.template.columns
+        if len(texts) % len(columns):
+            raise InputError(
+                explain(
+                    "--text",
+                    expected=f"{len(columns)} for each input: {columns}",
+                    found=f"{len(texts)} texts",
+                )
+            )
+        groups = [texts[at : at + len(columns)] for at in range(0, len(texts), len(columns))]
+        return [self.template.render(dict(zip(columns, group, strict=True))) for group in groups]
+
+    def rows_of_file(self, file: Path, text_columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """Texts of a data file, under the columns of the adapter or the ones named."""
+        columns = tuple(text_columns) or self.template.columns
+        if len(columns) != len(self.template.columns):
+            raise InputError(
+                explain(
+                    "--text-column",
+                    expected=f"{len(self.template.columns)} of them",
+                    found=list(columns),
+                )
+            )
+        (source,) = load_sources(str(file), text_columns=columns)
+        rename = dict(zip(columns, self.template.columns, strict=True))
+        segments = tuple(
+            tuple(
+                (prefix, next(old for old, new in rename.items() if new == column))
+                for prefix, column in pieces
+            )
+            for pieces in self.template.segments
+        )
+        return source.texts(Template(segments))
+
+    def predict(
+        self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Answers for rendered texts, in their order."""
+        outputs = self.outputs(texts, bars, batch_size)
+        spec = self.config.labels
+        answers = predictions(spec, outputs, self.config.scaling)
+        if spec.kind == "regression":
+            return [
+                Prediction(text, float(answer), None)
+                for text, answer in zip(texts, answers, strict=True)
+            ]
+        shares = outputs.softmax(-1).amax(-1).tolist()
+        return [
+            Prediction(text, spec.classes[int(answer)], share)
+            for text, answer, share in zip(texts, answers, shares, strict=True)
+        ]
+
+    def outputs(
+        self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
+    ) -> torch.Tensor:
+        """Head outputs or word scores `[N, C]`."""
+        tokens = tokenize(self.tokenizer, texts, self.config.max_length)
+        pad = self.tokenizer.pad_token_id or 0
+        found = []
+        with torch.inference_mode():
+            for at in range(0, len(texts), batch_size):
+                members = list(range(at, min(at + batch_size, len(texts))))
+                inputs: dict[str, Any] = tokens.batch(members, pad)
+                inputs = {name: values.to(self.device) for name, values in inputs.items()}
+                if self.tree is not None:
+                    found.append(self.model.word_scores(self.tree, **inputs).float().cpu())
+                else:
+                    found.append(self.model(**inputs).logits.float().cpu())
+                bars("predicting", members[-1] + 1, len(texts), "examples")
+        return torch.cat(found)

@@ -1,0 +1,35 @@
+"""`run.json`: what was run, with which versions, on which cache."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sherl_pipe.cache.store import LocalStore
+
+PACKAGES = ("sherl-pipe", "torch", "transformers", "zarr", "numcodecs", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the results."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def write_record(folder: Path, config: Any, cache: dict[str, Any], name: str = "run.json") -> None:
+    """Write `run.json` into `folder`, replacing an earlier one.
+
+    Args:
+        config: the resolved settings, as JSON.
+        cache: path and identity of the cache.
+    """
+    body = {
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": config,
+        "versions": versions(),
+        "cache": cache,
+    }
+    LocalStore(folder).replace(name, json.dumps(body, indent=1, default=str).encode())

@@ -1,0 +1,236 @@
+"""The two stages as a person runs them: resolve, say what will happen, do it, record it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, Identity, InputError
+from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.pipeline.config import RunConfig
+from sherl_pipe.pipeline.console import Bars, say
+from sherl_pipe.pipeline.record import versions, write_record
+from sherl_pipe.stages.backbone import Backbone, load_backbone, load_tokenizer
+from sherl_pipe.stages.data import label_tables, load_sources, make_template
+from sherl_pipe.stages.extract import Extractor, Report, complete_words, identify
+from sherl_pipe.stages.tune import Task, Tuner, TuneResult, TuneSettings, check_backbone
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Measured on the development tasks of docs/results.md; the published rate for T5.
+DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 3e-3}
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
+        ) from error
+    return device
+
+
+def parse_bytes(text: str | None) -> int:
+    """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
+    if text is None:
+        return int(psutil.virtual_memory().available // 2)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+
+
+def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
+    """Stage one: features, labels and label words of every split. Resumes.
+
+    Raises what loading, extraction and storage raise.
+    """
+    data = config.data
+    sources = load_sources(
+        config.data_source,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        tasks=data.tasks,
+        limit=data.limit,
+    )
+    device = pick_device(config.device)
+    settings = config.extract
+    backbone = load_backbone(
+        config.model, revision=config.revision, dtype=DTYPES[settings.dtype], device=device
+    )
+    tokenizer = load_tokenizer(config.model, config.revision)
+    seq2seq = backbone.family.seq2seq
+    kind = settings.template or ("task" if seq2seq else "neutral")
+    identity = identify(
+        backbone,
+        tokenizer,
+        template=kind,
+        max_length=settings.max_length,
+        codec=CODECS[settings.codec],
+        taps=settings.taps,
+        versions=versions(),
+    )
+    path = config.cache_path
+    say(_before_extract(config, backbone, identity, len(sources), path))
+    templates = {
+        source.name: make_template(kind, source.task, source.columns, seq2seq=seq2seq)
+        for source in sources
+    }
+    tables = label_tables(sources, templates)
+    reports = []
+    with CacheWriter.open(path, identity) as writer:
+        extractor = Extractor(
+            writer,
+            backbone,
+            tokenizer,
+            batch_tokens=settings.batch_tokens,
+            shard_bytes=settings.shard_mib << 20,
+            progress=bars,
+        )
+        for source in sources:
+            known = _held_examples(path)
+            reports.append(extractor.split(source, templates[source.name], known))
+        for table in tables:
+            changed = writer.write_labels(table)
+            if changed:
+                say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
+        if seq2seq:
+            reports += complete_words(extractor, FeatureCache.open(path))
+        where = {"path": str(path), "identity": identity.fingerprint()}
+        write_record(path, config.model_dump(mode="json"), where, name="_run.json")
+    return reports
+
+
+def _held_examples(path: Path) -> dict[bytes, tuple[str, int]]:
+    try:
+        return FeatureCache.open(path).places
+    except IncompleteSplitError:
+        return {}
+
+
+def _before_extract(
+    config: RunConfig, backbone: Backbone, identity: Identity, splits: int, path: Path
+) -> str:
+    taps = "; ".join(f"{name} {list(spec.taps)}" for name, spec in identity.streams.items())
+    free = LocalStore(path).free_bytes() / 2**30
+    return (
+        f"extract: {config.model} ({backbone.parameters / 1e6:.1f} M parameters, "
+        f"{config.extract.dtype}) on {backbone.device}; {splits} splits of {config.data_source}; "
+        f"taps {taps}; codec {identity.codec.name}; into {path} ({free:.0f} GiB free)"
+    )
+
+
+def open_for_tuning(
+    config: RunConfig, bars: Bars, model: str | None = None
+) -> tuple[FeatureCache, Backbone, Any]:
+    """A cache with its backbone, and what label words still lacked extracted.
+
+    `model` overrides the name in the cache, for a backbone that has moved.
+    """
+    cache = FeatureCache.open(config.cache_path)
+    name = model or str(cache.identity.backbone["name"])
+    revision = cache.identity.backbone.get("revision")
+    device = pick_device(config.device)
+    # The late route trains in float32 whatever the features were computed in.
+    backbone = load_backbone(name, revision=revision, device=device)
+    check_backbone(cache.identity, backbone)
+    tokenizer = load_tokenizer(name, revision)
+    if backbone.family.seq2seq and _lacks_words(cache, backbone, tokenizer):
+        extract_words(cache, name, tokenizer, device, bars)
+        cache = FeatureCache.open(config.cache_path)
+    return cache, backbone, tokenizer
+
+
+def extract_words(
+    cache: FeatureCache, name: str, tokenizer: Any, device: torch.device, bars: Bars
+) -> list[Report]:
+    """Decoder states of label words that were attached after the extraction."""
+    known = cache.identity.backbone
+    backbone = load_backbone(
+        name, revision=known.get("revision"), dtype=DTYPES[str(known["dtype"])], device=device
+    )
+    check_backbone(cache.identity, backbone)
+    with CacheWriter.open(cache.path, cache.identity) as writer:
+        return complete_words(Extractor(writer, backbone, tokenizer, progress=bars), cache)
+
+
+def _lacks_words(cache: FeatureCache, backbone: Backbone, tokenizer: Any) -> bool:
+    for name in cache.tasks:
+        task = Task(cache, name, backbone, tokenizer)
+        for table in (task.train, task.held_out):
+            splits = {cache.places[i][0] for i in table.ids if i in cache.places}
+            if task.tree and any(task.tree.stream not in cache.streams(s) for s in splits):
+                return True
+    return False
+
+
+def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
+    """Stage two: every task, learning rate and seed, one after another. Resumes.
+
+    Raises what opening the cache, training and storage raise.
+    """
+    cache, backbone, tokenizer = open_for_tuning(config, bars, model)
+    tune = config.tune
+    names = tune.tasks or tuple(sorted(cache.tasks))
+    if not names:
+        raise InputError(
+            f"{cache.path} has no labels. Attach some with `sherl-pipe label --cache {cache.path}`."
+        )
+    budget = parse_bytes(tune.memory_budget)
+    where = {"path": str(cache.path), "identity": cache.identity.fingerprint()}
+    results = []
+    for name in names:
+        task = Task(cache, name, backbone, tokenizer)
+        for settings in tunings(config, seq2seq=backbone.family.seq2seq):
+            folder = tune.out / name / tuning_name(settings)
+            tuner = Tuner(task, settings, folder, budget=budget)
+            done = tuner.finished()
+            say(
+                f"tune: {name}, {settings.method}, seed {settings.seed}, lr {settings.lr:g} on "
+                f"{backbone.device}; {len(task.train.ids):,} training rows; "
+                + ("finished before" if done else tuner.train.residency)
+            )
+            result = done or tuner.run(bars)
+            if done is None:
+                write_record(folder, config.model_dump(mode="json"), where)
+            results.append(result)
+    return results
+
+
+def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
+    """The settings of every tuning of a task: learning rates times seeds."""
+    tune = config.tune
+    rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
+    base = TuneSettings(
+        method=tune.method,
+        reduction=tune.reduction or 4,
+        late=tune.late,
+        epochs=tune.epochs,
+        batch_size=tune.batch_size,
+        warmup=tune.warmup,
+        weight_decay=tune.weight_decay,
+        clip=tune.clip,
+        init=tune.init,
+        pool=tune.pool,
+        precision=tune.precision,
+    )
+    return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]
+
+
+def tuning_name(settings: TuneSettings) -> str:
+    """The folder of a tuning below its task."""
+    return (
+        f"{settings.method}-r{settings.reduction}-late{settings.late}-{settings.init}"
+        f"-lr{settings.lr:g}-seed{settings.seed}"
+    )

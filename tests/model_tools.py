@@ -1,0 +1,138 @@
+"""Tiny backbones of every family with a tokenizer, and tiny data sets, made on the spot."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+WORDS = (
+    "a an the cat dog bird sees likes hates big small red old and or not very 0 1 2 3 4 5 . : "
+    "sentence sentence1 sentence2 colour mood size mixed good bad"
+).split()
+FAMILIES = ("t5", "t5-gated", "bert", "roberta")
+
+
+def save_model(folder: Path, family: str, seed: int = 0) -> str:
+    """A random model of `family` with its tokenizer; the folder's path."""
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(family)
+    model = _model(family, len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Random norms and biases too, so that nothing is the identity by accident.
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _model(family: str, vocabulary: int) -> Any:
+    if family.startswith("t5"):
+        gated = family == "t5-gated"
+        config = T5Config(
+            vocab_size=vocabulary,
+            d_model=36,
+            d_kv=8,
+            d_ff=48,
+            num_layers=5,
+            num_decoder_layers=4 if gated else 5,
+            num_heads=4,
+            feed_forward_proj="gated-gelu" if gated else "relu",
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            dropout_rate=0.1,
+        )
+        model = T5ForConditionalGeneration(config)
+        if gated:
+            # An untied head, as T5 1.1 has it.
+            model.config.tie_word_embeddings = False
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 36))
+        return model
+    shape: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 36,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    }
+    if family == "bert":
+        return BertModel(BertConfig(**shape), add_pooling_layer=False)
+    return RobertaModel(RobertaConfig(**shape), add_pooling_layer=False)
+
+
+def _tokenizer(family: str) -> PreTrainedTokenizerFast:
+    special = ["<pad>", "</s>", "<unk>", "<s>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
+         pre_tokenizers.Digits(individual_digits=True)]
+    )
+    ends = [("</s>", 1), ("<s>", 3)]
+    if family.startswith("t5"):
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A $B </s>", special_tokens=ends
+        )
+    else:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=ends
+        )
+    kinds = ["input_ids", "attention_mask"] + (["token_type_ids"] if family == "bert" else [])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=kinds,
+    )
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct ragged sentences of 1 to 14 words."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(rng.choice(WORDS[:17]) for _ in range(rng.randint(1, 14)))] = None
+    return list(found)
+
+
+def labels_of(task: str, text: str) -> int | float:
+    """A labelling that the words decide, so that it can be learned."""
+    words = text.split()
+    if task == "colour":
+        return int("red" in words)
+    if task == "mood":
+        return (words.count("likes") - words.count("hates") > 0) + (len(words) > 7)
+    return float(min(5, len(words) // 3))  # size: graded
+
+
+def write_data(
+    folder: Path, tasks: tuple[str, ...] = ("colour",), train: int = 40, validation: int = 20
+) -> Path:
+    """`<folder>/<task>/<split>.jsonl`, the same sentences in every task."""
+    texts = sentences(train + validation)
+    for task in tasks:
+        for role, part in (("train", texts[:train]), ("validation", texts[train:])):
+            file = folder / task / f"{role}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"sentence": text, "label": labels_of(task, text)} for text in part]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,155 @@
+"""The property that everything rests on: what is computed from the cache is what the live model
+computes, for every family, on ragged batches, in values and in gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_tools import FAMILIES, save_model, write_data
+from torch import Tensor
+from torch.nn import functional as F
+
+from sherl_pipe.cache import FeatureCache
+from sherl_pipe.pipeline.config import make_config
+from sherl_pipe.pipeline.console import Bars
+from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
+from sherl_pipe.stages.adapter import TunedModel
+from sherl_pipe.stages.data import Template, load_sources
+from sherl_pipe.stages.extract import tokenize
+from sherl_pipe.stages.methods.base import trainable
+from sherl_pipe.stages.tune import Task, Tuner, TuneSettings
+
+QUIET = Bars(None)
+
+
+def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
+    """A cache of a tiny model, with everything needed to tune on it."""
+    model = save_model(tmp_path / "model", family)
+    data = write_data(tmp_path / "data", (task,))
+    config = make_config(
+        {
+            "model": model,
+            "cache": tmp_path / "cache",
+            "data": {"source": str(data)},
+            "extract": {"codec": "float32", "batch_tokens": 64, **extract},
+        },
+        "test",
+    )
+    run_extract(config, QUIET)
+    cache, backbone, tokenizer = open_for_tuning(config, QUIET)
+    return {"cache": cache, "backbone": backbone, "tokenizer": tokenizer, "data": data,
+            "config": config, "task": Task(cache, task, backbone, tokenizer)}
+
+
+def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
+    """A tuner whose every parameter is random, so that nothing is gated off."""
+    settings = TuneSettings(**{"reduction": 3, "epochs": 1, "batch_size": 8, **change})
+    tuner = Tuner(setting["task"], settings, tmp_path / "run", budget=1 << 30)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in tuner.parameters.values():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    return tuner
+
+
+def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tensor]:
+    """The texts of a split as one ragged batch, in the data's order."""
+    stream = "encoder" if setting["backbone"].family.seq2seq else "hidden"
+    notes = setting["cache"].stream(f"{task}/{role}", stream).notes
+    template = Template.from_json(notes["template"])
+    (source,) = [s for s in load_sources(str(setting["data"])) if s.role == role]
+    tokens = tokenize(setting["tokenizer"], source.texts(template), 128)
+    assert len(set(tokens.lengths.tolist())) > 3
+    return tokens.batch(range(len(source.rows)), 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("late", [1, 2])
+def test_evaluation_equals_live(tmp_path: Path, family: str, late: int) -> None:
+    setting = prepare(tmp_path, family, taps="all")
+    tuner = make_tuner(setting, tmp_path, late=late)
+    cached = tuner.outputs(tuner.held_out, 6)
+    live = TunedModel(setting["backbone"], tuner.route).eval()
+    inputs = live_inputs(setting, "colour", "validation")
+    with torch.no_grad():
+        if setting["task"].tree is not None:
+            expected = live.word_scores(setting["task"].tree, **inputs)
+        else:
+            expected = live(**inputs).logits
+    assert cached.std() > 0.05
+    assert (cached - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_live(tmp_path: Path, family: str) -> None:
+    setting = prepare(tmp_path, family)
+    tuner = make_tuner(setting, tmp_path)
+    task = setting["task"]
+    tuner.route.eval()
+    order = np.arange(len(task.train.ids))
+    (batch,) = list(tuner.train.read([order]))
+    loss = tuner.loss(batch)
+    loss.backward()
+    mine = {name: p.grad.clone() for name, p in tuner.parameters.items() if p.grad is not None}
+    tuner.route.zero_grad()
+    live = TunedModel(setting["backbone"], tuner.route).eval()
+    inputs: dict[str, Any] = live_inputs(setting, "colour", "train")
+    if task.tree is not None:
+        words = [torch.tensor(task.tree.words[label]) for label in task.train.labels]
+        labels = torch.nn.utils.rnn.pad_sequence(words, True, -100)
+    else:
+        labels = torch.tensor(task.train.labels)
+    expected = live(**inputs, labels=labels).loss
+    assert (loss - expected).abs() < 1e-5
+    expected.backward()
+    found = trainable(tuner.route)
+    assert len(mine) == len(found)
+    for name, gradient in mine.items():
+        scale = found[name].grad.abs().max().clamp(min=1e-4)
+        assert (gradient - found[name].grad).abs().max() / scale < 1e-3, name
+
+
+@pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1)])
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_lossy_codecs_stay_close(tmp_path: Path, family: str, codec: str, bound: float) -> None:
+    setting = prepare(tmp_path, family, codec=codec)
+    tuner = make_tuner(setting, tmp_path)
+    cached = tuner.outputs(tuner.held_out, 6)
+    live = TunedModel(setting["backbone"], tuner.route).eval()
+    inputs = live_inputs(setting, "colour", "validation")
+    with torch.no_grad():
+        tree = setting["task"].tree
+        expected = live.word_scores(tree, **inputs) if tree else live(**inputs).logits
+    assert (cached - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_word_scores_are_the_models_likelihoods(tmp_path: Path) -> None:
+    """Tree scoring equals plain teacher forcing of each word, graded labels included."""
+    setting = prepare(tmp_path, "t5", task="size")
+    tuner = make_tuner(setting, tmp_path)
+    task = setting["task"]
+    live = TunedModel(setting["backbone"], tuner.route).eval()
+    inputs = live_inputs(setting, "size", "validation")
+    cached = tuner.outputs(tuner.held_out, 6)
+    for number, word in enumerate(task.tree.words):
+        labels = torch.tensor(word).repeat(len(inputs["input_ids"]), 1)
+        with torch.no_grad():
+            logits = live(inputs["input_ids"], inputs["attention_mask"], labels).logits
+        plain = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+        assert (cached[:, number] - plain).abs().max() < 1e-4
+
+
+def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path) -> None:
+    setting = prepare(tmp_path, "bert", taps="all")
+    inputs = live_inputs(setting, "colour", "train")
+    with torch.no_grad():
+        out = setting["backbone"].model(**inputs, output_hidden_states=True)
+    stream = FeatureCache.open(tmp_path / "cache").stream("colour/train", "hidden")
+    for example in range(stream.examples):
+        found = torch.from_numpy(stream.read_example(example))
+        for tap, states in enumerate(out.hidden_states):
+            assert (found[tap] - states[example, : found.shape[1]]).abs().max() < 1e-5
