@@ -1,0 +1,45 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+COPY := build/check
+# Models and data are local; a hub that cannot be reached is not waited for.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow check bench clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+demo: $(VENV)/.installed  ## one extraction, four tasks, one table
+	$(BIN)/sherl-pipe run pipeline.yaml
+
+test: $(VENV)/.installed  ## the fast tests
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed  ## the slow ones
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/.installed  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(COPY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(COPY) .
+	MYPYPATH=$(COPY) $(BIN)/mypy -p sherl_pipe
+	MYPYPATH=$(COPY):benchmarks $(BIN)/mypy benchmarks
+
+bench: $(VENV)/.bench  ## the tables of docs/results.md; takes hours
+	$(BIN)/python benchmarks/minilm_glue.py search
+	$(BIN)/python benchmarks/minilm_glue.py final
+	$(BIN)/python benchmarks/minilm_glue.py costs
+	$(BIN)/python benchmarks/minilm_glue.py table
+
+clean:
+	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache

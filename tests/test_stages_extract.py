@@ -1,0 +1,158 @@
+"""Stage one: what is run, what is stored, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_tools import save_model, write_data
+from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
+from sherl_pipe.pipeline.config import RunConfig, make_config
+from sherl_pipe.pipeline.console import Bars
+from sherl_pipe.pipeline.steps import run_extract
+from sherl_pipe.stages.backbone import (
+    FAMILIES,
+    cut_after,
+    extracted_taps,
+    load_backbone,
+    load_tokenizer,
+    paper_blocks,
+    weights_fingerprint,
+)
+from sherl_pipe.stages.extract import token_batches
+from sherl_pipe.stages.words import PrefixTree
+
+QUIET = Bars(None)
+
+
+def config_of(tmp_path: Path, family: str, **extract: Any) -> RunConfig:
+    model = save_model(tmp_path / "model", family)
+    data = write_data(tmp_path / "data", ("colour", "mood"))
+    return make_config(
+        {
+            "model": model,
+            "cache": tmp_path / "cache",
+            "data": {"source": str(data)},
+            "extract": {"codec": "float32", "batch_tokens": 64, **extract},
+        },
+        "test",
+    )
+
+
+def test_side_layers_are_the_published_ones() -> None:
+    assert paper_blocks(12) == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert paper_blocks(6) == [1, 2, 3, 5]
+    depths = {"encoder": 12, "decoder": 12}
+    taps = extracted_taps(FAMILIES["t5"], depths, "paper")
+    assert taps["encoder"] == (0, 2, 3, 4, 6, 7, 8, 10, 11, 12)
+    assert taps["decoder"] == (0, 2, 3, 4, 6, 7, 8, 10, 11)
+    assert extracted_taps(FAMILIES["bert"], {"hidden": 6}, "paper") == {"hidden": tuple(range(6))}
+    with pytest.raises(InputError, match="0 to 6"):
+        extracted_taps(FAMILIES["bert"], {"hidden": 6}, (0, 7))
+
+
+def test_blocks_behind_the_last_tap_do_not_run(tmp_path: Path) -> None:
+    backbone = load_backbone(save_model(tmp_path, "bert"))
+    cut: Any = cut_after(backbone, "hidden", 2)
+    assert len(cut.encoder.layer) == 2
+    assert len(backbone.blocks("hidden")) == 4
+    ran = []
+    for number, block in enumerate(backbone.blocks("hidden")):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    cut = cut_after(backbone, "hidden", 2)
+    cut(input_ids=torch.tensor([[3, 5, 1]]), attention_mask=torch.ones(1, 3))
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_non_finite_states_name_tap_and_examples(tmp_path: Path, codec: str) -> None:
+    config = config_of(tmp_path, "bert", codec=codec)
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    token = load_tokenizer(config.model).convert_tokens_to_ids("hates")
+    name = "embeddings.word_embeddings.weight"
+    weights[name][token, 3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"colour/train.*tap 0, 1, 2, 3 of (\d+) examples"):
+        run_extract(config, QUIET)
+    left = list((tmp_path / "cache").rglob("manifest.json"))
+    assert left == []
+
+
+def test_decoder_states_are_stored_once_per_prefix(tmp_path: Path) -> None:
+    run_extract(config_of(tmp_path, "t5", template="neutral"), QUIET)
+    cache = FeatureCache.open(tmp_path / "cache")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    for task in ("colour", "mood"):
+        tree = PrefixTree.of_words(cache.tasks[task]["train"].spec.words, tokenizer, 0)
+        for role in ("train", "validation"):
+            stream = cache.stream(f"colour/{role}", tree.stream)
+            encoder = cache.stream(f"colour/{role}", "encoder")
+            assert stream.rows == encoder.examples * len(tree.nodes)
+            assert len(tree.nodes) == 1 + len(tree.words)
+    # The second task's texts are the first one's: only its words are new.
+    assert cache.stream("mood/train", "encoder").examples == 0
+    assert cache.stream("mood/train", "encoder").notes["reused"] == 40
+
+
+def test_prefix_tree_shares_what_words_share() -> None:
+    tree = PrefixTree(0, ((5, 6, 1), (5, 7, 1), (5, 1)))
+    assert tree.nodes == [(0,), (0, 5), (0, 5, 6), (0, 5, 7)]
+    assert tree.paths == [[0, 1, 2], [0, 1, 3], [0, 1]]
+    assert tree.flat_nodes == [0, 1, 2, 0, 1, 3]
+    mask = tree.flat_mask(torch.float32)[0, 0]
+    assert (mask[5, :3] < -1e30).all() and (mask[5, 3:] == 0).all()
+    assert (mask[3, 4:] < -1e30).all()
+    logits = torch.randn(2, 4, 9)
+    logs = logits.log_softmax(-1)
+    expected = logs[:, 0, 5] + logs[:, 1, 7] + logs[:, 3, 1]
+    assert torch.allclose(tree.score(logits)[:, 1], expected, atol=1e-5)
+
+
+def test_words_that_look_alike_to_the_tokenizer_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, "t5")
+    with pytest.raises(InputError, match="the same to the tokenizer"):
+        PrefixTree.of_words(("zebra", "zebu"), load_tokenizer(str(tmp_path)), 0)
+
+
+def test_token_budget() -> None:
+    lengths = np.sort(np.random.default_rng(0).integers(1, 40, 200))
+    batches = list(token_batches(np.arange(200), lengths, 128))
+    assert np.concatenate(batches).tolist() == list(range(200))
+    for batch in batches:
+        assert len(batch) == 1 or lengths[batch].max() * len(batch) <= 128
+    # A single input longer than the budget still makes a batch.
+    assert [len(b) for b in token_batches(np.arange(2), np.array([200, 300]), 128)] == [1, 1]
+
+
+def test_fingerprint_sees_one_changed_weight(tmp_path: Path) -> None:
+    backbone = load_backbone(save_model(tmp_path, "bert"))
+    before = weights_fingerprint(backbone.model)
+    assert before == backbone.fingerprint == load_backbone(str(tmp_path)).fingerprint
+    assert load_backbone(str(tmp_path), dtype=torch.bfloat16).fingerprint == before
+    with torch.no_grad():
+        backbone.blocks("hidden")[3].output.dense.bias[0] += 1e-6
+    assert weights_fingerprint(backbone.model) != before
+
+
+def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path, "bert")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("encoder.layer.1.output.dense.bias")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"encoder.layer.1.output.dense.bias"):
+        load_backbone(str(tmp_path))
+
+
+def test_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match="bert, mt5, roberta, t5"):
+        load_backbone(str(tmp_path))
