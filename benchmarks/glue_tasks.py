@@ -145,7 +145,7 @@ def load_task(
         if rows < TRAIN_ROWS:
             evaluated = evaluated[:rows]
     splits = [tokenize(part, spec, tokenizer) for part in (chosen, evaluated)]
-    return TaskData(name, spec, *splits, phase, chosen, evaluated)
+    return TaskData(name, spec, splits[0], splits[1], phase, chosen, evaluated)
 
 
 def bucketed_batches(

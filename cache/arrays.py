@@ -21,8 +21,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import MemoryStore
 
-# Higher levels gained under 2 % on int8 codes and cost several times the encoding time.
-ZSTD_LEVEL = 1
+# On int8 codes level 3 saves over 2 % against level 1, at a cost that vanishes beside the forward
+# pass; level 9 saves under 1 % more.
+ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sherl_pipe.cache.errors import CorruptCacheError, StorageError, UnsafeError, explain
@@ -38,6 +39,20 @@ def _storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
         ) from error
 
 
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise UnsafeError(
+            f"{folder} is a symbolic link; caches hold plain folders. Remove the link."
+        )
+
+
+def _unlisted(error: OSError) -> None:
+    """A folder that is not there holds nothing; of any other that is not known."""
+    if not isinstance(error, FileNotFoundError):
+        with _storage_errors(Path(error.filename)):
+            raise error
+
+
 class LocalStore:
     """A folder of the local file system."""
 
@@ -56,22 +71,26 @@ class LocalStore:
         for parent in path.parents:
             if parent == self.root:
                 return
-            if parent.is_symlink():
-                raise UnsafeError(
-                    f"{parent} is a symbolic link; caches hold plain folders. Remove the link."
-                )
+            _refuse_link(parent)
 
     def read(self, key: str) -> bytes:
         """The bytes of `key`. Raises FileNotFoundError, UnsafeError, StorageError."""
         path = self.path(key)
-        self._no_links(path)
         with _storage_errors(path):
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._no_links(path)
+            # Opening a pipe would wait for ever for whoever writes to it.
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                os.close(handle)
+                raise UnsafeError(f"{path} is not a plain file. Remove it.")
             with os.fdopen(handle, "rb") as file:
                 return file.read()
 
     def exists(self, key: str) -> bool:
-        return self.path(key).is_file()
+        """Whether `key` is there; a link counts, so that whoever reads it then refuses it."""
+        path = self.path(key)
+        with _storage_errors(path):
+            return path.is_symlink() or path.is_file()
 
     def create(self, key: str, data: bytes) -> None:
         """Write `key` once. Raises FileExistsError if it is there, StorageError, UnsafeError."""
@@ -84,8 +103,8 @@ class LocalStore:
     def _put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(key)
         with _storage_errors(path, len(data)):
+            self._no_links(path)
             self._make_folder(path.parent)
-        self._no_links(path)
         temporary = path.parent / f"{PARTIAL}{os.getpid()}-{path.name}"
         try:
             with _storage_errors(path, len(data)):
@@ -97,7 +116,9 @@ class LocalStore:
                     temporary.rename(path)
                 self._sync_folder(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            # Storage that just refused may refuse this too; the next writer clears it away.
+            with suppress(OSError):
+                temporary.unlink()
             raise
 
     def _make_folder(self, folder: Path) -> None:
@@ -136,15 +157,30 @@ class LocalStore:
     def delete(self, key: str) -> None:
         """Remove `key` if it is there."""
         path = self.path(key)
-        self._no_links(path)
         with _storage_errors(path):
+            self._no_links(path)
             path.unlink(missing_ok=True)
 
+    def delete_folder(self, key: str) -> None:
+        """Remove the empty folder `key` if it is there."""
+        path = self.path(key)
+        with _storage_errors(path):
+            self._no_links(path)
+            if path.is_dir():
+                path.rmdir()
+
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys of all files below `prefix`, sorted; temporary files included, links too."""
+        """Keys of all files below `prefix`, sorted; temporary files included, links too.
+
+        Raises UnsafeError for a folder that is a link, StorageError for one that cannot be read:
+        passing over either would make what is in it look as if it had never been committed.
+        """
         top = self.path(prefix) if prefix else self.root
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=_unlisted):
             folders.sort()
+            for name in folders:
+                with _storage_errors(Path(folder)):
+                    _refuse_link(Path(folder) / name)
             for name in sorted(files):
                 yield (Path(folder) / name).relative_to(self.root).as_posix()
 

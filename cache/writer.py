@@ -59,7 +59,7 @@ def file_record(data: bytes) -> dict[str, Any]:
 
 def matches(record: Mapping[str, Any], data: bytes) -> bool:
     """Whether a file has the size and crc32 of its receipt; fast enough for every read."""
-    return len(data) == record["bytes"] and zlib.crc32(data) == record["crc32"]
+    return bool(len(data) == record["bytes"] and zlib.crc32(data) == record["crc32"])
 
 
 class CacheWriter:
@@ -282,9 +282,7 @@ class StreamWriter:
         """Receipts and plan live on in the manifest."""
         for key in list(self.store.list(f"{self.base}/receipts")):
             self.store.delete(key)
-        receipts = self.store.path(f"{self.base}/receipts")
-        if receipts.is_dir():
-            receipts.rmdir()
+        self.store.delete_folder(f"{self.base}/receipts")
         self.store.delete(f"{self.base}/plan.json")
 
 

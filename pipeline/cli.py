@@ -38,9 +38,8 @@ def _stack(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return decorate
 
 
-_CACHE = click.option(
-    "--cache", type=click.Path(path_type=Path), required=True, help="Folder of the cache."
-)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_CACHE = click.option("--cache", type=_FOLDER, required=True, help="Folder of the cache.")
 _DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 _MOVED = click.option("--model", help="Where the backbone is, if it has moved.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
@@ -63,7 +62,7 @@ _LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [de
         ),
         click.option(
             "--cache",
-            type=click.Path(path_type=Path),
+            type=_FOLDER,
             help="Folder to write.  [default: ./cache/<name of the data>]",
         ),
         click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
@@ -139,7 +138,7 @@ def extract(**options: Any) -> None:
             "--memory-budget",
             help="Host memory for features, such as 4GB.  [default: half of what is free]",
         ),
-        click.option("--out", type=click.Path(path_type=Path), default=Path("runs")),
+        click.option("--out", type=_FOLDER, default=Path("runs"), help="Folder for the adapters."),
         _DEVICE,
         _JSON,
     ]
@@ -175,9 +174,7 @@ def run(config: Path | None) -> None:
 @cli.command()
 @_stack(
     [
-        click.option(
-            "--adapter", type=click.Path(path_type=Path), required=True, help="Folder of tune."
-        ),
+        click.option("--adapter", type=_FOLDER, required=True, help="Folder that tune wrote."),
         _MOVED,
         click.option("--text", "texts", multiple=True, help="Repeatable; pairs: two for each."),
         click.option(
@@ -243,7 +240,7 @@ def inspect(cache: Path, as_json: bool) -> None:
         _print_json(description)
         return
     for part in report.inspect_tables(description):
-        console.results().print(part, markup=False)
+        console.results().print(part)
 
 
 @cli.command()
@@ -262,7 +259,7 @@ def verify(cache: Path) -> None:
     files = len(found.content())
     console.results().print(f"{cache}: {files} files of {len(found.splits)} splits are whole")
     for name, (done, total) in sorted(found.incomplete.items()):
-        console.results().print(f"incomplete: {name}, {done} of {total} shards", markup=False)
+        console.results().print(f"incomplete: {name}, {done} of {total} shards")
 
 
 @cli.command()
@@ -293,18 +290,24 @@ def label(
     """Attach or replace a task's labels; features are not extracted again."""
     from sherl_pipe.cache import FeatureCache
     from sherl_pipe.pipeline import console
-    from sherl_pipe.pipeline.config import RunConfig
     from sherl_pipe.pipeline.label import LabelOptions, attach_labels
 
     found = FeatureCache.open(cache)
-    changed = attach_labels(found, task, files, LabelOptions(**options))
+    scored = "decoder" in found.identity.streams
+    if scored:
+        from sherl_pipe.pipeline import steps
+
+        check = steps.word_check(found, model)
+        changed = attach_labels(found, task, files, LabelOptions(**options), check)
+    else:
+        changed = attach_labels(found, task, files, LabelOptions(**options))
     for role, count in changed.items():
         console.results().print(f"{task}/{role}: {count:,} rows new or changed")
-    if "decoder" in found.identity.streams:
-        from sherl_pipe.pipeline.steps import open_for_tuning
+    if scored:
+        from sherl_pipe.pipeline.config import RunConfig
 
         with console.bars() as bars:
-            open_for_tuning(RunConfig(cache=cache, device=device), bars, model)
+            steps.open_for_tuning(RunConfig(cache=cache, device=device), bars, model)
 
 
 def _extract(config: RunConfig) -> None:
@@ -335,7 +338,7 @@ def _taps(text: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(
-            f"--taps: expected paper, all, or numbers such as 0,4,8, found {text!r}"
+            f"expected paper, all, or numbers such as 0,4,8, found {text!r}", param_hint="--taps"
         ) from error
 
 
@@ -366,8 +369,7 @@ def _run() -> int:
     except click.exceptions.Abort:
         return _say_error("interrupted; run the same command again to go on", 130)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _say_usage(error)
     except KeyboardInterrupt:
         return _say_error("interrupted; run the same command again to go on", 130)
     except _Terminated:
@@ -380,8 +382,21 @@ def _run() -> int:
 
         if isinstance(error, SherlPipeError):
             return _say_error(_message(error), error.exit_code)
-        text = f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback"
-        return _say_error(text, 1)
+        text = " ".join(str(error).split())
+        kind = type(error).__name__
+        return _say_error(f"unexpected {kind}: {text}. Run with --debug for the traceback", 1)
+
+
+def _say_usage(error: click.ClickException) -> int:
+    """One line, as for all errors; `sherl-pipe` alone shows its help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "sherl-pipe"
+    text = " ".join(error.format_message().split())
+    end = "" if text.endswith((".", "?")) else "."
+    return _say_error(f"{text}{end} See `{command} --help`.", error.exit_code)
 
 
 def _message(error: Exception) -> str:

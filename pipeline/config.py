@@ -6,6 +6,7 @@ The defaults are the embedded demo, so a config without a line in it runs.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.data import DEMO_DATA
 
-Positive = Annotated[int, Field(gt=0)]
+# Strict, so that `true` is no 1.
+Integer = Annotated[int, Field(strict=True)]
+Positive = Annotated[Integer, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -42,7 +46,7 @@ class ExtractConfig(Section):
     """Stage one. `template` None is `task` for text-to-text models and `neutral` for encoders."""
 
     codec: Literal["float32", "bfloat16", "int8"] = "int8"
-    taps: Literal["paper", "all"] | tuple[int, ...] = "paper"
+    taps: Literal["paper", "all"] | tuple[Integer, ...] = "paper"
     template: Literal["task", "neutral"] | None = None
     max_length: Positive = 128
     batch_tokens: Positive = 4096
@@ -57,10 +61,10 @@ class TuneConfig(Section):
     method: str = "sherl"
     reduction: Positive | None = None
     late: Positive = 1
-    lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    lr: tuple[Rate, ...] = ()
     epochs: Positive = 10
     batch_size: Positive = 32
-    seed: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    seed: tuple[Annotated[Integer, Field(ge=0)], ...] = (0,)
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
@@ -93,8 +97,9 @@ class RunConfig(Section):
         if self.cache is not None:
             return self.cache
         source = self.data_source
-        name = "glue" if source.startswith("glue/") else Path(source).resolve().stem
-        return Path("cache") / name
+        path = Path(source).resolve()
+        name = path.stem if path.is_file() else path.name
+        return Path("cache") / ("glue" if source.startswith("glue/") else name)
 
 
 def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -108,7 +113,12 @@ def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
 def read_config(path: Path) -> RunConfig:
     """The config in a YAML file. Raises InputError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # A loader of yaml.SafeLoader's kind: no tag makes an object.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = error.problem_mark or error.context_mark
+        line = f", line {where.line + 1}" if where else ""
+        raise InputError(f"{path}{line}, is no YAML: {error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if values is None:
@@ -118,16 +128,44 @@ def read_config(path: Path) -> RunConfig:
     return make_config(values, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys without a word; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    # Where a value may have several forms, the location names the form as well.
-    place = [str(part) for part in first["loc"] if "[" not in str(part)]
+    place = _place(first)
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = sorted(_section(place[:-1]).model_fields)
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.0)
         return f"unknown key {key!r}. Did you mean {near[0]!r}? Known: {', '.join(known)}."
-    return f"{key}: {first['msg']}, found {first['input']!r}."
+    if first["type"] == "invalid_key":
+        return f"a key: expected text, found {first['input']!r}."
+    # A value that may have several forms has one error for each.
+    forms = dict.fromkeys(_wanted(each["msg"]) for each in error.errors() if _place(each) == place)
+    return f"{key}: expected {' or '.join(forms)}, found {first['input']!r}."
+
+
+def _place(error: Any) -> list[str]:
+    """The keys that lead to an error, without numbers of elements and names of forms."""
+    return [str(part) for part in error["loc"] if isinstance(part, str) and "[" not in part]
+
+
+def _wanted(message: str) -> str:
+    """Pydantic's message in the words of a YAML file."""
+    text = re.sub(r"^Input should be (a valid )?|, unable to .*", "", message)
+    text = re.sub(r"^dictionary or instance of .*", "a section with keys", text)
+    return {"tuple": "a list", "string": "text", "integer": "a whole number"}.get(text, text)
 
 
 def _section(place: list[str]) -> type[BaseModel]:

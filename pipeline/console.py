@@ -27,14 +27,16 @@ PIPED_WIDTH = 160
 
 def results() -> Console:
     """Where results go."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    # Users' texts and paths are shown as they are: [brackets] and :colons: are no markup.
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
     """A remark for whoever waits; nothing when piped."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
-        console.print(text, markup=False)
+        console.print(text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable
+from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import ID_BYTES, example_id
+from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.data import Source, Template, encode_label, load_sources, task_spec
 
 
@@ -31,28 +32,52 @@ class LabelOptions:
 
 
 def attach_labels(
-    cache: FeatureCache, task: str, files: Sequence[Path], options: LabelOptions
+    cache: FeatureCache,
+    task: str,
+    files: Sequence[Path],
+    options: LabelOptions,
+    check: Callable[[TaskSpec], None] = lambda _: None,
 ) -> dict[str, int]:
     """Attach one task's labels; by role, how many rows are new or changed.
 
+    Nothing is written unless `check` accepts what the labels mean.
+
     Raises InputError naming the first row or id that does not fit.
     """
-    read = [_read(cache, file, options) for file in files]
     roles = [options.role or file.stem for file in files]
-    if len(set(roles)) < len(roles):
-        raise InputError(f"several files have the role {roles[0]}; name them by their split")
-    others = {role: table for role, table in cache.tasks.get(task, {}).items() if role not in roles}
-    spec = task_spec(task, [value for _, values in read for value in values])
-    for table in others.values():
-        if table.spec != spec:
-            # Labels of a part of the classes keep the meaning that the task has.
-            spec = table.spec
-    changed = {}
+    for role in roles:
+        if roles.count(role) > 1:
+            raise InputError(
+                explain(
+                    "--file",
+                    expected="one for each split",
+                    found=f"{roles.count(role)} for the split {role!r}",
+                    todo="A file is named by its split: train.jsonl, validation.jsonl, ...",
+                )
+            )
+    read = [_read(cache, file, options) for file in files]
+    others = [table for role, table in cache.tasks.get(task, {}).items() if role not in roles]
+    # Labels of a part of a task's splits keep the meaning that the task has.
+    values = [value for _, column in read for value in column]
+    spec = others[0].spec if others else task_spec(task, values)
+    check(spec)
+    tables = [
+        LabelTable(task, role, spec, tuple(ids), tuple(_encode(spec, file, column)))
+        for role, file, (ids, column) in zip(roles, files, read, strict=True)
+    ]
     with CacheWriter.open(cache.path, cache.identity) as writer:
-        for role, (ids, values) in zip(roles, read, strict=True):
-            labels = tuple(encode_label(spec, value) for value in values)
-            changed[role] = writer.write_labels(LabelTable(task, role, spec, tuple(ids), labels))
-    return changed
+        return {table.role: writer.write_labels(table) for table in tables}
+
+
+def _encode(spec: TaskSpec, file: Path, values: Sequence[Any]) -> Iterator[Label]:
+    for number, value in enumerate(values):
+        try:
+            yield encode_label(spec, value)
+        except InputError as error:
+            raise InputError(
+                f"{file}, row {number + 1}: {error} To change what the labels mean, attach all "
+                "splits of the task in one command."
+            ) from error
 
 
 def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[bytes], list[Any]]:
@@ -64,13 +89,17 @@ def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[
     if source.label_column is None:
         raise InputError(
             explain(
-                f"{file}: label column",
-                expected="label, or --label-column",
+                f"{file}: columns",
+                expected="'label'",
                 found=sorted(source.rows[0]),
+                todo="Name the column with --label-column.",
             )
         )
     values = source.labels()
-    ids = _given_ids(source, options) if options.id_column else _ids_by_text(cache, source)
+    if options.id_column:
+        ids = _given_ids(source, options)
+    else:
+        ids = _ids_by_text(cache, source, options)
     _check_ids(cache, source, ids, values, options)
     return ids, values
 
@@ -95,10 +124,13 @@ def _given_ids(source: Source, options: LabelOptions) -> list[bytes]:
     return ids
 
 
-def _ids_by_text(cache: FeatureCache, source: Source) -> list[bytes]:
+def _ids_by_text(cache: FeatureCache, source: Source, options: LabelOptions) -> list[bytes]:
     """Ids of the texts under the cache's template that knows most of them."""
     best: tuple[int, list[bytes]] | None = None
+    named = options.text_columns
     for template in cache_templates(cache):
+        if named and len(named) == len(template.columns):
+            template = template.reading(named)
         if not set(template.columns) <= source.rows[0].keys():
             continue
         ids = [example_id(texts) for texts in source.texts(template)]
@@ -109,9 +141,10 @@ def _ids_by_text(cache: FeatureCache, source: Source) -> list[bytes]:
         wanted = sorted({template.columns for template in cache_templates(cache)})
         raise InputError(
             explain(
-                f"{source.origin}: columns",
-                expected=f"one of {wanted}",
+                f"{source.origin}: text columns",
+                expected=" or ".join(str(list(columns)) for columns in wanted),
                 found=sorted(source.rows[0]),
+                todo="Name as many columns with --text-column.",
             )
         )
     return best[1]

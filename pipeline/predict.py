@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sherl_pipe.cache import InputError, StaleCacheError
+from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.steps import pick_device
+from sherl_pipe.pipeline.steps import check_tokenizer, pick_device
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
-from sherl_pipe.stages.backbone import load_backbone, load_tokenizer, tokenizer_fingerprint
-from sherl_pipe.stages.data import Template, load_sources
+from sherl_pipe.stages.backbone import load_backbone, load_tokenizer
+from sherl_pipe.stages.data import Template, check_text, load_sources
 from sherl_pipe.stages.extract import tokenize
 from sherl_pipe.stages.tune import predictions
 from sherl_pipe.stages.words import PrefixTree
@@ -48,16 +48,7 @@ class Predictor:
         backbone = load_backbone(name, revision=revision, device=pick_device(device))
         self.config, route = load_route(folder, backbone)
         self.tokenizer = load_tokenizer(name, revision)
-        found = tokenizer_fingerprint(self.tokenizer)
-        if found != config.tokenizer:
-            raise StaleCacheError(
-                explain(
-                    f"{folder}: tokenizer",
-                    expected=config.tokenizer,
-                    found=found,
-                    todo="Use the tokenizer that the adapter was tuned with.",
-                )
-            )
+        check_tokenizer(config.tokenizer, self.tokenizer, str(folder))
         self.template = Template.from_json(config.template)
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
@@ -77,6 +68,8 @@ class Predictor:
                     found=f"{len(texts)} texts",
                 )
             )
+        for number, text in enumerate(texts):
+            check_text(text, f"--text {number + 1}")
         groups = [texts[at : at + len(columns)] for at in range(0, len(texts), len(columns))]
         return [self.template.render(dict(zip(columns, group, strict=True))) for group in groups]
 
@@ -92,15 +85,7 @@ class Predictor:
                 )
             )
         (source,) = load_sources(str(file), text_columns=columns)
-        rename = dict(zip(columns, self.template.columns, strict=True))
-        segments = tuple(
-            tuple(
-                (prefix, next(old for old, new in rename.items() if new == column))
-                for prefix, column in pieces
-            )
-            for pieces in self.template.segments
-        )
-        return source.texts(Template(segments))
+        return source.texts(self.template.reading(columns))
 
     def predict(
         self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, Identity, InputError
+from sherl_pipe.cache import (
+    CODECS,
+    CacheWriter,
+    FeatureCache,
+    Identity,
+    InputError,
+    StaleCacheError,
+    TaskSpec,
+)
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.schema import check_name
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.record import versions, write_record
-from sherl_pipe.stages.backbone import Backbone, load_backbone, load_tokenizer
+from sherl_pipe.stages.backbone import (
+    Backbone,
+    load_backbone,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from sherl_pipe.stages.data import label_tables, load_sources, make_template
-from sherl_pipe.stages.extract import Extractor, Report, complete_words, identify
+from sherl_pipe.stages.extract import Extractor, Report, complete_words, identify, word_trees
 from sherl_pipe.stages.tune import Task, Tuner, TuneResult, TuneSettings, check_backbone
+from sherl_pipe.stages.words import PrefixTree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Measured on the development tasks of docs/results.md; the published rate for T5.
@@ -33,6 +48,8 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(device.type)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
@@ -44,7 +61,7 @@ def parse_bytes(text: str | None) -> int:
     """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
     if text is None:
         return int(psutil.virtual_memory().available // 2)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     if match is None:
         raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
     base = 1024 if match[3] else 1000
@@ -56,7 +73,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
 
     Raises what loading, extraction and storage raise.
     """
-    data = config.data
+    data, path = config.data, check_folder(config.cache_path, "cache")
     sources = load_sources(
         config.data_source,
         text_columns=data.text_columns,
@@ -64,6 +81,8 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         tasks=data.tasks,
         limit=data.limit,
     )
+    for source in sources:
+        check_name(source.name)  # now, and not when its turn comes after hours
     device = pick_device(config.device)
     settings = config.extract
     backbone = load_backbone(
@@ -76,18 +95,19 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         backbone,
         tokenizer,
         template=kind,
-        max_length=settings.max_length,
+        max_length=min(settings.max_length, positions(backbone) or settings.max_length),
         codec=CODECS[settings.codec],
         taps=settings.taps,
         versions=versions(),
     )
-    path = config.cache_path
     say(_before_extract(config, backbone, identity, len(sources), path))
     templates = {
         source.name: make_template(kind, source.task, source.columns, seq2seq=seq2seq)
         for source in sources
     }
     tables = label_tables(sources, templates)
+    if seq2seq:
+        word_trees(tables, tokenizer, 0)  # words that the tokenizer confuses are known now
     reports = []
     with CacheWriter.open(path, identity) as writer:
         extractor = Extractor(
@@ -97,6 +117,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
             batch_tokens=settings.batch_tokens,
             shard_bytes=settings.shard_mib << 20,
             progress=bars,
+            announce=say,
         )
         for source in sources:
             known = _held_examples(path)
@@ -110,6 +131,23 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         where = {"path": str(path), "identity": identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name="_run.json")
     return reports
+
+
+def check_folder(path: Path, option: str) -> Path:
+    """`path`, if a folder is or can be there. Raises InputError naming the option."""
+    if path.exists() and not path.is_dir():
+        raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
+    return path
+
+
+def positions(backbone: Backbone) -> int | None:
+    """Tokens that a model with learned positions can read; None where any number goes."""
+    embeddings = getattr(backbone.model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if table is None:
+        return None
+    # RoBERTa counts positions from behind its padding index.
+    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def _held_examples(path: Path) -> dict[bytes, tuple[str, int]]:
@@ -146,10 +184,37 @@ def open_for_tuning(
     backbone = load_backbone(name, revision=revision, device=device)
     check_backbone(cache.identity, backbone)
     tokenizer = load_tokenizer(name, revision)
+    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and _lacks_words(cache, backbone, tokenizer):
         extract_words(cache, name, tokenizer, device, bars)
         cache = FeatureCache.open(config.cache_path)
     return cache, backbone, tokenizer
+
+
+def check_tokenizer(expected: str, tokenizer: Any, where: str) -> None:
+    """Raise StaleCacheError unless the tokenizer has this fingerprint."""
+    found = tokenizer_fingerprint(tokenizer)
+    if found != expected:
+        raise StaleCacheError(
+            explain(
+                f"{where}: tokenizer",
+                expected=expected,
+                found=found,
+                todo="Use the tokenizer that it was made with.",
+            )
+        )
+
+
+def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[TaskSpec], None]:
+    """What refuses label words that the cache's tokenizer cannot tell apart."""
+    name = model or str(cache.identity.backbone["name"])
+    tokenizer = load_tokenizer(name, cache.identity.backbone.get("revision"))
+    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+
+    def check(spec: TaskSpec) -> None:
+        PrefixTree.of_words(spec.words, tokenizer, 0)
+
+    return check
 
 
 def extract_words(
@@ -162,17 +227,21 @@ def extract_words(
     )
     check_backbone(cache.identity, backbone)
     with CacheWriter.open(cache.path, cache.identity) as writer:
-        return complete_words(Extractor(writer, backbone, tokenizer, progress=bars), cache)
+        return complete_words(
+            Extractor(writer, backbone, tokenizer, progress=bars, announce=say), cache
+        )
 
 
 def _lacks_words(cache: FeatureCache, backbone: Backbone, tokenizer: Any) -> bool:
-    for name in cache.tasks:
-        task = Task(cache, name, backbone, tokenizer)
-        for table in (task.train, task.held_out):
-            splits = {cache.places[i][0] for i in table.ids if i in cache.places}
-            if task.tree and any(task.tree.stream not in cache.streams(s) for s in splits):
-                return True
-    return False
+    tables = [table for roles in cache.tasks.values() for table in roles.values()]
+    start = int(backbone.config.decoder_start_token_id)
+    return any(
+        stream not in cache.streams(cache.places[identity][0])
+        for stream, (_, users) in word_trees(tables, tokenizer, start).items()
+        for table in users
+        for identity in table.ids
+        if identity in cache.places
+    )
 
 
 def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
@@ -180,8 +249,9 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
 
     Raises what opening the cache, training and storage raise.
     """
-    cache, backbone, tokenizer = open_for_tuning(config, bars, model)
     tune = config.tune
+    check_folder(tune.out, "out")
+    cache, backbone, tokenizer = open_for_tuning(config, bars, model)
     names = tune.tasks or tuple(sorted(cache.tasks))
     if not names:
         raise InputError(
@@ -189,15 +259,16 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     budget = parse_bytes(tune.memory_budget)
     where = {"path": str(cache.path), "identity": cache.identity.fingerprint()}
+    # All of them first: a name that is wrong must not wait for the tunings before it.
+    tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
     results = []
-    for name in names:
-        task = Task(cache, name, backbone, tokenizer)
+    for task in tasks:
         for settings in tunings(config, seq2seq=backbone.family.seq2seq):
-            folder = tune.out / name / tuning_name(settings)
+            folder = tune.out / task.name / tuning_name(settings)
             tuner = Tuner(task, settings, folder, budget=budget)
             done = tuner.finished()
             say(
-                f"tune: {name}, {settings.method}, seed {settings.seed}, lr {settings.lr:g} on "
+                f"tune: {task.name}, {settings.method}, seed {settings.seed}, lr {settings.lr:g} on "
                 f"{backbone.device}; {len(task.train.ids):,} training rows; "
                 + ("finished before" if done else tuner.train.residency)
             )

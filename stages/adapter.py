@@ -290,7 +290,11 @@ def load_reference(
 
     route.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
     route.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
-    for norm, stream in ((route.encoder_norm, "encoder"), (route.late.final_layer_norm, "decoder")):
+    norms: dict[str, Any] = {
+        "encoder": route.encoder_norm,
+        "decoder": route.late.final_layer_norm,
+    }
+    for stream, norm in norms.items():
         norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
     if used != set(params):
         left = sorted(set(params) - used)

@@ -84,7 +84,8 @@ class Backbone:
         self.family = family_of(self.config)
         if self.family.seq2seq:
             # T5 starts from its padding token; a config made by hand often does not say so.
-            for config in (self.config, getattr(model, "generation_config", None)):
+            generation: Any = getattr(model, "generation_config", None)
+            for config in (self.config, generation):
                 if config is not None and getattr(config, "decoder_start_token_id", None) is None:
                     config.decoder_start_token_id = self.config.pad_token_id
 

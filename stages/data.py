@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,13 @@ class Template:
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(column for pieces in self.segments for _, column in pieces)
+
+    def reading(self, columns: Sequence[str]) -> Template:
+        """The same texts from columns of other names, one for each of `columns`, in order."""
+        names = dict(zip(self.columns, columns, strict=True))
+        return Template(
+            tuple(tuple((prefix, names[old]) for prefix, old in each) for each in self.segments)
+        )
 
     def to_json(self) -> list[Any]:
         return [[list(piece) for piece in pieces] for pieces in self.segments]
@@ -130,32 +138,40 @@ class Source:
 
     def labels(self) -> list[Any]:
         """The raw label of every row. Raises InputError for a row without one."""
-        values = []
-        for number, row in enumerate(self.rows):
-            value = row.get(self.label_column or "")
-            if not isinstance(value, (int, float, str)) or value == "" or value != value:
+        values = [row.get(self.label_column or "") for row in self.rows]
+        if all(isinstance(value, str) for value in values):
+            values = _numbers(values)
+        for number, value in enumerate(values):
+            good = isinstance(value, (int, float, str)) and value != ""
+            if not good or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(
                     explain(
                         f"{self.origin}, row {number + 1}, column {self.label_column!r}",
-                        expected="a label (text or number)",
-                        found=repr(value),
+                        expected="a label (text or a finite number)",
+                        found="nothing" if value is None else repr(value),
+                        todo="Give every row a label, or remove the row.",
                     )
                 )
-            values.append(value)
-        return _numbers(values) if all(isinstance(value, str) for value in values) else values
+        # JSON's true and false are classes 1 and 0.
+        return [int(value) if isinstance(value, bool) else value for value in values]
 
     def _render(self, number: int, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
         for column in template.columns:
-            value = row.get(column)
-            if not isinstance(value, str):
-                raise InputError(
-                    explain(
-                        f"{self.origin}, row {number + 1}, column {column!r}",
-                        expected="text",
-                        found="nothing" if value is None else f"{type(value).__name__} {value!r}",
-                    )
-                )
+            check_text(row.get(column), f"{self.origin}, row {number + 1}, column {column!r}")
         return template.render(row)
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raise InputError unless `value` is text that a tokenizer can read."""
+    if not isinstance(value, str):
+        found = "nothing" if value is None else f"{type(value).__name__} {value!r}"
+        raise InputError(explain(where, expected="text", found=found))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            explain(where, expected="text in Unicode", found=f"half a character in {value!r}")
+        ) from error
 
 
 def load_sources(
@@ -187,6 +203,21 @@ def load_sources(
         found = list(_folder(path))
     else:
         found = list(_hub(data, tasks))
+    known = sorted({task for task, *_ in found})
+    if not known:
+        raise InputError(
+            explain(
+                f"data {data}",
+                expected=f"files <task>/<split> that end in {', '.join(SUFFIXES)}",
+                found="none",
+                todo="Point --data at such a folder, or at one file.",
+            )
+        )
+    for task in tasks:
+        if task not in known:
+            raise InputError(
+                explain(f"task of {data}", expected=f"one of {known}", found=repr(task))
+            )
     sources = []
     for task, role, rows, origin in found:
         if tasks and task not in tasks:
@@ -196,15 +227,6 @@ def load_sources(
             raise InputError(f"{origin} has no rows. Remove it or fill it.")
         columns, label = _columns(task, rows[0], text_columns, label_column, origin)
         sources.append(Source(task, role, rows, columns, label, origin))
-    if not sources:
-        wanted = f"task {', '.join(tasks)}" if tasks else "a split"
-        raise InputError(
-            explain(
-                f"{data} has no {wanted}",
-                expected=f"<task>/<split>{{{','.join(SUFFIXES)}}}",
-                found=sorted({task for task, *_ in found}) or "none",
-            )
-        )
     return sources
 
 
@@ -261,7 +283,13 @@ def _hub(data: str, tasks: Sequence[str]) -> Iterator[_Found]:
 def _read_file(path: Path) -> list[Mapping[str, Any]]:
     """Rows of one file. Raises InputError naming the line."""
     if path.suffix not in SUFFIXES:
-        raise InputError(explain(f"{path}", expected=f"one of {SUFFIXES}", found=path.suffix))
+        raise InputError(
+            explain(
+                f"{path}",
+                expected=f"a name that ends in {', '.join(SUFFIXES)}",
+                found=repr(path.name),
+            )
+        )
     try:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
@@ -270,10 +298,7 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
 
             rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
             return rows
-        csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8", newline="") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            return list(csv.DictReader(file, delimiter=delimiter))
+        return _read_table(path, "\t" if path.suffix == ".tsv" else ",")
     except UnicodeDecodeError as error:
         raise InputError(
             explain(
@@ -283,15 +308,47 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
                 todo="Convert the file to UTF-8.",
             )
         ) from error
-    except (csv.Error, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
+def _read_table(path: Path, delimiter: str) -> list[Mapping[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    rows: list[Mapping[str, Any]] = []
+    # Spreadsheets put a byte order mark first. Strict, because a stray quote would otherwise make
+    # one cell of many lines.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            names = [name for name in reader.fieldnames or () if name]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise InputError(f"{path}: two columns are named {twice!r}. Rename one of them.")
+            for row in reader:
+                extra = row.get(None, ())  # type: ignore[call-overload]
+                if extra:
+                    raise InputError(
+                        explain(
+                            f"{path}, line {reader.line_num}",
+                            expected=f"{len(row) - 1} cells",
+                            found=len(row) - 1 + len(extra),
+                            todo=f"Put texts that hold {delimiter!r} in double quotes.",
+                        )
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: the row that begins in line {reader.line_num + 1} cannot be read: "
+                f"{error}. Inside a quoted text, write a quote twice; or use jsonl."
+            ) from error
+    return rows
+
+
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -318,7 +375,12 @@ def _columns(
     for asked in (*text_columns, *([label_column] if label_column else [])):
         if asked not in row:
             raise InputError(
-                explain(f"{origin}: column", expected=asked, found=sorted(map(str, row)))
+                explain(
+                    f"{origin}: columns",
+                    expected=repr(asked),
+                    found=sorted(map(str, row)),
+                    todo="Name columns that are there with --text-column and --label-column.",
+                )
             )
     label = label_column or ("label" if "label" in row else None)
     if text_columns:
@@ -374,14 +436,21 @@ def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
     Raises InputError for a task with one class, or with more words than can be scored.
     """
     metrics = GLUE_METRICS.get(task, ())
-    if any(isinstance(value, float) for value in values):
-        words = tuple(f"{value:.6g}" for value in _grades([float(value) for value in values]))
+    texts = sorted({value for value in values if isinstance(value, str)})
+    if task == "stsb" or any(isinstance(value, float) for value in values):
+        if texts:
+            raise InputError(
+                explain(f"labels of {task}", expected="numbers only", found=f"{texts[:3]} too")
+            )
+        grades = _grades([float(value) for value in values])
+        words = tuple(dict.fromkeys(f"{value:.6g}" for value in grades))
         if task == "stsb":
             words = tuple(f"{grade / 5:.1f}" for grade in range(26))
         return TaskSpec("regression", (), words, metrics or ("pearson", "spearman"))
-    classes = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    if all(isinstance(value, int) for value in classes) and classes[0] >= 0:
-        classes = list(range(max(classes) + 1))
+    classes = [*sorted({value for value in values if not isinstance(value, str)}), *texts]
+    if not texts and classes and classes[0] >= 0 and classes[-1] < MAX_WORDS:
+        # A class that no row of this data has keeps its number.
+        classes = list(range(classes[-1] + 1))
     if len(classes) < 2:
         raise InputError(
             explain(f"labels of {task}", expected="two classes or more", found=classes)
@@ -396,7 +465,8 @@ def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
                 "for a regression.",
             )
         )
-    names = tuple(str(value) for value in classes)
+    # 1 and "1" are one class.
+    names = tuple(dict.fromkeys(str(value) for value in classes))
     return TaskSpec("classification", names, names, metrics or ("accuracy",))
 
 
@@ -410,12 +480,9 @@ def _grades(values: Sequence[float]) -> list[float]:
 
 
 def encode_label(spec: TaskSpec, value: Any) -> Label:
-    """The class number, or the float, of a label. Raises InputError for an unknown class."""
-    if spec.kind == "regression":
-        return float(value)
+    """The class number, or the float, of a label. Raises InputError for any other."""
     try:
-        return spec.classes.index(str(value))
+        return float(value) if spec.kind == "regression" else spec.classes.index(str(value))
     except ValueError as error:
-        raise InputError(
-            explain("label", expected=f"one of {list(spec.classes)}", found=repr(value))
-        ) from error
+        wanted = "a number" if spec.kind == "regression" else f"one of {list(spec.classes)}"
+        raise InputError(explain("label", expected=wanted, found=repr(value))) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sherl_pipe.cache import (
     Identity,
     LabelTable,
     NonFiniteError,
+    StorageError,
     StreamSpec,
     StreamWriter,
 )
@@ -166,6 +168,7 @@ class Extractor:
         tokenizer: the model's own.
         batch_tokens: padded tokens in a batch; bounds memory.
         shard_bytes: size of a full shard before compression.
+        progress, announce: told of progress, and once per stream of what will be done.
     """
 
     def __init__(
@@ -177,11 +180,12 @@ class Extractor:
         batch_tokens: int = BATCH_TOKENS,
         shard_bytes: int = SHARD_BYTES,
         progress: Progress = silent,
+        announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.writer, self.backbone, self.tokenizer = writer, backbone, tokenizer
         self.identity = writer.identity
         self.batch_tokens, self.shard_bytes = batch_tokens, shard_bytes
-        self.progress = progress
+        self.progress, self.announce = progress, announce
 
     def split(
         self, source: Source, template: Template, known: Mapping[bytes, tuple[str, int]]
@@ -210,15 +214,16 @@ class Extractor:
         spec = self.identity.streams[stream]
         capacity = shard_capacity(spec, self.identity.codec, self.shard_bytes)
         layout = assign(tokens.lengths, capacity, self.identity.seed)
+        reused = len(distinct) - len(here)
         notes = {
             "template": template.to_json(),
             "rows": len(source.rows),
-            "reused": len(distinct) - len(here),
+            "reused": reused,
             "truncated": tokens.truncated,
         }
         ids = list(here)
         out = self.writer.stream(source.name, stream, ids, layout, notes)
-        report = self._report(out, layout, reused=notes["reused"], truncated=tokens.truncated)
+        report = self._report(out, layout, reused=reused, truncated=tokens.truncated)
         if out.pending():
             pass_ = MainPass(self.backbone, stream, spec, tokens, self._pad_id(), self.batch_tokens)
             self._run(out, layout, ids, pass_.states, report)
@@ -273,6 +278,7 @@ class Extractor:
         total = sum(layout.used_rows(shard) for shard in pending)
         done = 0
         what = f"{out.split} {out.stream}"
+        self._check_space(out, total)
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             committing: Future[int] | None = None
             for shard in pending:
@@ -289,6 +295,21 @@ class Extractor:
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
             if committing is not None:
                 report.bytes_written += committing.result()
+
+    def _check_space(self, out: StreamWriter, rows: int) -> None:
+        """Say how big it gets. Raises StorageError where the disk cannot hold it."""
+        codec, spec = self.identity.codec, out.spec
+        row = codec.code_bytes(spec.width) + 2 * codec.scale_groups(spec.width)
+        need, free = rows * row * len(spec.taps), self.writer.store.free_bytes()
+        self.announce(
+            f"{out.split} {out.stream}: {rows:,} tokens to do, up to {need / 2**20:,.0f} MiB"
+        )
+        if need > free:
+            raise StorageError(
+                errno.ENOSPC,
+                f"{self.writer.store.root}: {out.split} {out.stream} needs up to {need:,} bytes, "
+                f"{free:,} are free. Free space, choose another --cache, or a smaller --codec.",
+            )
 
 
 class ShardBuffer:

@@ -114,7 +114,7 @@ class FeatureSource:
         self._locate(cache, table)
         self.coded_bytes = sum(self._unit_bytes(unit) for unit in range(len(self._units)))
         self.resident = self.coded_bytes <= budget
-        self._resident_blocks: dict[str, _Block] | None = None
+        self._blocks: dict[str, _Block] | None = None
 
     @property
     def residency(self) -> str:
@@ -126,8 +126,8 @@ class FeatureSource:
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Bring resident features into memory now; `progress(done, all)` counts shards."""
-        if self.resident and self._resident_blocks is None:
-            self._resident_blocks = self._load(range(len(self._units)), progress)
+        if self.resident and self._blocks is None:
+            self._blocks = self._load(range(len(self._units)), progress)
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Ints]:
         """The batches of an epoch: shards are dealt to windows, rows mixed inside a window.
@@ -157,14 +157,12 @@ class FeatureSource:
 
     def read(self, batches: Sequence[Ints]) -> Iterator[Batch]:
         """Batches with their features, the next shards being read while the caller works."""
-        if self.resident:
-            self.preload()
-            blocks = self._resident_blocks
-            for rows in batches:
-                if blocks is not None:
-                    yield self._gather(rows, blocks)
+        self.preload()
+        if self._blocks is None:
+            yield from self._stream(batches)
             return
-        yield from self._stream(batches)
+        for rows in batches:
+            yield self._gather(rows, self._blocks)
 
     def _stream(self, batches: Sequence[Ints]) -> Iterator[Batch]:
         windows = [np.unique(self._unit[rows]).tolist() for rows in batches]

@@ -173,7 +173,8 @@ class Task:
         if self.spec.kind == "classification":
             return np.array(labels, np.int64)
         grades = np.array([float(word) for word in self.spec.words])
-        return np.abs(np.array(labels)[:, None] - grades).argmin(axis=1)
+        nearest: Ints = np.abs(np.array(labels)[:, None] - grades).argmin(axis=1)
+        return nearest
 
     def source(
         self, table: LabelTable, reads: Mapping[str, tuple[int, ...]], *, budget: int, train: bool
@@ -236,7 +237,8 @@ def _roles(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
                 f"task {train.task} has {len(held)} rows, too few to hold some out for "
                 "evaluation. Add a validation split."
             )
-        ids, labels = (tuple(column[row] for row in rows) for column in (train.ids, train.labels))
+        ids = tuple(train.ids[row] for row in rows)
+        labels = tuple(train.labels[row] for row in rows)
         return replace(train, role=role, ids=ids, labels=labels)
 
     return part(False, "train"), part(True, "held-out")

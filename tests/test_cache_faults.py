@@ -122,7 +122,7 @@ def operations(strike: Callable[[int, str], None], *more: str) -> Iterator[None]
 
     hooks: dict[str, Any] = {name: hook(name, getattr(os, name)) for name in (*WRITES, *more)}
     fdopen = os.fdopen
-    with patch.multiple(os, **hooks, fdopen=lambda *args: _File(fdopen(*args), struck)):
+    with patch.multiple(os, **hooks, fdopen=lambda *args, **named: _File(fdopen(*args, **named), struck)):
         yield
 
 

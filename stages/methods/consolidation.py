@@ -126,14 +126,17 @@ class Consolidation(nn.Module):
         tail = self.tail(F.relu(fused).unsqueeze(0))[0]
         if self.tail_norm is not None:
             tail = self.tail_norm(tail)
-        return self.dropout(tail).view_as(last) + torch.tanh(self.gate / GATE_SCALE) * last
+        share = torch.tanh(self.gate / GATE_SCALE)
+        out: Tensor = self.dropout(tail).view_as(last) + share * last
+        return out
 
     def _reduce(self, taps: Tensor) -> Tensor:
         """`[K, n, d] -> [K, n, h]` (SPEC 2.1, 2.3)."""
         reduced = self.fc1(taps)
         if VARIANTS[self.variant].gated:
             reduced = F.relu(reduced)
-            return (self.fc2(reduced) + reduced) * torch.sigmoid(self.fc3(reduced))
+            gated: Tensor = (self.fc2(reduced) + reduced) * torch.sigmoid(self.fc3(reduced))
+            return gated
         normed = F.layer_norm(reduced, reduced.shape[-1:], eps=1e-5)
         return normed * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1)
 
