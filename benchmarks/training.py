@@ -93,8 +93,8 @@ def load_tokenizer() -> Any:
 
 def load_encoder() -> Any:
     """The frozen encoder without its pooling layer, wholly in memory and ready to be measured."""
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     encoder = transformers.AutoModel.from_pretrained(
         get_model_path(), add_pooling_layer=False, local_files_only=True, dtype=torch.float32
     )
@@ -213,7 +213,7 @@ def train_and_score(
         losses = 0.0
         for _, batch in iterate(task.train, batches, regression):
             loss = loss_of(model(batch), batch, regression)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(trained, CLIP_NORM)
             optimizer.step()
             schedule.step()

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sherl_pipe.cache.errors import CorruptCacheError, StorageError
+from sherl_pipe.cache.errors import CorruptCacheError
 from sherl_pipe.cache.schema import check_name, seal, unseal
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.store import PARTIAL, LocalStore
 
 FOLDER = "_labels"
 
@@ -115,12 +115,13 @@ def read(store: LocalStore, key: str) -> LabelTable:
 def read_all(store: LocalStore) -> dict[str, dict[str, LabelTable]]:
     """Every table, by task and role."""
     tasks: dict[str, dict[str, LabelTable]] = {}
-    try:
-        keys = list(store.list(FOLDER))
-    except OSError as error:
-        raise StorageError(error.errno, f"{store.root / FOLDER}: {error.strerror}") from error
-    for key in keys:
-        if key.endswith(".json") and not key.rsplit("/", 1)[-1].startswith("."):
-            table = read(store, key)
-            tasks.setdefault(table.task, {})[table.role] = table
+    for key in keys(store):
+        table = read(store, key)
+        tasks.setdefault(table.task, {})[table.role] = table
     return tasks
+
+
+def keys(store: LocalStore) -> list[str]:
+    """The tables' files; what a writer has under way, or left behind when it died, is none."""
+    found = store.list(FOLDER)
+    return [key for key in found if key.endswith(".json") and PARTIAL not in key]

@@ -25,7 +25,7 @@ from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.schema import Identity, StreamSpec, bounded, unseal
 from sherl_pipe.cache.store import PARTIAL, LocalStore
-from sherl_pipe.cache.writer import file_record, matches, read_identity, stream_kind
+from sherl_pipe.cache.writer import ROOT_METADATA, file_record, matches, read_identity, stream_kind
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ class Stream:
         self._store = store
         self.split, self.name = split, name
         self.base = f"{split}/{name}"
-        self.spec: StreamSpec = identity.streams[stream_kind(name)]
-        self.codec: Codec = identity.codec
         key = f"{self.base}/manifest.json"
         body = unseal(store.read(key), str(store.path(key)))
         try:
@@ -61,6 +59,18 @@ class Stream:
             misplaced = (self.plan["split"], self.plan["stream"]) != (split, name)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptCacheError(f"{store.path(key)} lacks or misstates {error}") from error
+        # First of all: where the root's metadata is damaged, what differs below only follows.
+        self._checked(ROOT_METADATA, "metadata")
+        if stream_kind(name) not in identity.streams:
+            raise CorruptCacheError(
+                explain(
+                    f"{store.path(key)} is of a stream that this cache does not have",
+                    expected=f"one of {sorted(identity.streams)}",
+                    found=name,
+                )
+            )
+        self.spec: StreamSpec = identity.streams[stream_kind(name)]
+        self.codec: Codec = identity.codec
         bounded(self.examples, 0, 1 << 36, f"{key}: examples")
         if misplaced:
             raise CorruptCacheError(
@@ -303,7 +313,7 @@ class FeatureCache:
         for split in self.splits:
             for _, stream in sorted(self._streams[split].items()):
                 found += stream.problems()
-        for key in self._store.list(label_files.FOLDER):
+        for key in label_files.keys(self._store):
             try:
                 label_files.read(self._store, key)
             except CorruptCacheError as error:
@@ -326,27 +336,25 @@ class FeatureCache:
         for key in keys:
             parts = key.split("/")
             if parts[-1] == "manifest.json" and len(parts) > 2:
-                split, name = "/".join(parts[:-2]), parts[-2]
-                self._known_stream(key, name)
-                stream = Stream(self._store, self.identity, split, name)
-                self._streams.setdefault(split, {})[name] = stream
+                self._add("/".join(parts[:-1]))
         for key in keys:
             parts = key.split("/")
             base = "/".join(parts[:-1])
             if parts[-1] == "plan.json" and f"{base}/manifest.json" not in keys:
-                plan = unseal(self._store.read(key), str(self._store.path(key)))
+                try:
+                    plan = unseal(self._store.read(key), str(self._store.path(key)))
+                except FileNotFoundError:
+                    # A plan goes when its manifest has come: since the listing, that is.
+                    if self._store.exists(f"{base}/manifest.json"):
+                        self._add(base)
+                    continue
                 done = sum(other.startswith(f"{base}/receipts/") for other in keys)
                 self.incomplete[base] = (done, int(plan["layout"]["shards"]))
 
-    def _known_stream(self, key: str, name: str) -> None:
-        if stream_kind(name) not in self.identity.streams:
-            raise CorruptCacheError(
-                explain(
-                    f"{self._store.path(key)} is of a stream that this cache does not have",
-                    expected=f"one of {sorted(self.identity.streams)}",
-                    found=name,
-                )
-            )
+    def _add(self, base: str) -> None:
+        split, name = base.rsplit("/", 1)
+        stream = Stream(self._store, self.identity, split, name)
+        self._streams.setdefault(split, {})[name] = stream
 
     def _progress(self, base: str) -> str:
         done, total = self.incomplete[base]

@@ -20,7 +20,7 @@ from sherl_pipe.cache.errors import (
     UnsafeError,
     explain,
 )
-from sherl_pipe.cache.fingerprint import canonical_json, hash_json
+from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "sherl_pipe"
@@ -53,7 +53,8 @@ def check_name(name: str, what: str = "split") -> str:
 
 def seal(body: Any) -> bytes:
     """The bytes of a sealed JSON file."""
-    return canonical_json({"body": body, "sha256": hash_json(body)}) + b"\n"
+    text = canonical_json(body)
+    return b'{"body":' + text + b',"sha256":"' + hash_bytes(text).encode() + b'"}\n'
 
 
 def unseal(data: bytes, path: str) -> Any:
@@ -61,14 +62,15 @@ def unseal(data: bytes, path: str) -> Any:
     try:
         outer = json.loads(data)
         body, found = outer["body"], outer["sha256"]
-        expected = hash_json(body)
+        written = seal(body)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCacheError(
             explain(f"{path} is damaged", expected="sealed JSON", found=type(error).__name__)
         ) from error
-    if found != expected:
+    # The bytes and not the hash alone: one bit makes 1E-05 of 1e-05, which is the same number.
+    if data != written:
         raise CorruptCacheError(
-            explain(f"{path} is damaged: sha256", expected=found, found=expected)
+            explain(f"{path} is damaged: sha256 or form", expected=found, found=hash_json(body))
         )
     return body
 
@@ -164,7 +166,9 @@ class Identity:
                 seed=int(data["seed"]),
                 versions={str(key): str(value) for key, value in data["versions"].items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (InputError, UnsafeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise CorruptCacheError(f"{path} lacks or misstates the field {error}") from error
         for name, spec in streams.items():
             bounded(len(spec.taps), 1, MAX_TAPS, f"{path}: {name} taps")

@@ -122,16 +122,17 @@ def read_identity(store: LocalStore) -> Identity:
     """The identity in a cache's root metadata. Raises InputError where there is no cache."""
     path = str(store.root / ROOT_METADATA)
     try:
-        data = json.loads(store.read(ROOT_METADATA))
-        attributes = data["attributes"]
+        data = store.read(ROOT_METADATA)
     except FileNotFoundError as error:
         raise InputError(
             f"{store.root} is not a cache: it has no {ROOT_METADATA}. "
             "Point --cache at a folder that `sherl-pipe extract` wrote, or run extract first."
         ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    try:
+        found = json.loads(data)["attributes"].get(ATTRIBUTE)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCacheError(f"{path} is damaged: it is no Zarr v3 metadata") from error
-    return Identity.from_json(attributes.get(ATTRIBUTE), path)
+    return Identity.from_json(found, path)
 
 
 class StreamWriter:
@@ -164,10 +165,13 @@ class StreamWriter:
         if self.complete:
             self._check_same(self._unseal("manifest.json")["plan"])
             self._remove_working_files()
-        elif self.store.exists(f"{self.base}/plan.json"):
+            return
+        begun = self.store.exists(f"{self.base}/plan.json")
+        if begun:
             self._check_same(self._unseal("plan.json"))
-        else:
-            self._write_plan(ids)
+        self._write_metadata(ids)
+        if not begun:
+            self.store.create(f"{self.base}/plan.json", seal(self.plan))
 
     def pending(self) -> list[int]:
         """Shards that are not committed, ascending."""
@@ -212,8 +216,11 @@ class StreamWriter:
         self.complete = True
         self._remove_working_files()
 
-    def _write_plan(self, ids: list[bytes]) -> None:
-        """Metadata, ids and index; `plan.json` last, so that a plan means they are all there."""
+    def _write_metadata(self, ids: list[bytes]) -> None:
+        """Metadata, ids and index, where they are missing or not right.
+
+        On resume too: they have no receipt, and the manifest vouches for what it finds.
+        """
         table = np.frombuffer(b"".join(ids), np.uint8).reshape(len(ids), ID_BYTES)
         for name, content in (("ids", table), ("index", self.layout.index)):
             spec = table_array(name, content.shape, str(content.dtype))
@@ -226,11 +233,11 @@ class StreamWriter:
             attributes = {ATTRIBUTE: {"taps": list(self.spec.taps)}} if folder == self.base else {}
             if folder == self.base or not self.store.exists(f"{folder}/zarr.json"):
                 self._renew(f"{folder}/zarr.json", group_metadata(attributes))
-        self.store.create(f"{self.base}/plan.json", seal(self.plan))
 
     def _renew(self, key: str, data: bytes) -> None:
-        self.store.delete(key)
-        self.store.create(key, data)
+        if not self.store.exists(key) or self.store.read(key) != data:
+            self.store.delete(key)
+            self.store.create(key, data)
 
     def _group_folders(self) -> list[str]:
         parts = self.base.split("/")

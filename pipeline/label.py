@@ -96,15 +96,12 @@ def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[
             )
         )
     values = source.labels()
-    if options.id_column:
-        ids = _given_ids(source, options)
-    else:
-        ids = _ids_by_text(cache, source, options)
+    ids = (_given_ids if options.id_column else _ids_by_text)(cache, source, options)
     _check_ids(cache, source, ids, values, options)
     return ids, values
 
 
-def _given_ids(source: Source, options: LabelOptions) -> list[bytes]:
+def _given_ids(_: FeatureCache, source: Source, options: LabelOptions) -> list[bytes]:
     ids = []
     for number, row in enumerate(source.rows):
         value = row.get(options.id_column or "")

@@ -264,16 +264,17 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     results = []
     for task in tasks:
         for settings in tunings(config, seq2seq=backbone.family.seq2seq):
-            folder = tune.out / task.name / tuning_name(settings)
+            name = tuning_name(settings)
+            folder = tune.out / task.name / name
             tuner = Tuner(task, settings, folder, budget=budget)
             done = tuner.finished()
             say(
-                f"tune: {task.name}, {settings.method}, seed {settings.seed}, lr {settings.lr:g} on "
-                f"{backbone.device}; {len(task.train.ids):,} training rows; "
-                + ("finished before" if done else tuner.train.residency)
+                f"tune: {task.name}, {name} on {backbone.device}; {len(task.train.ids):,} training "
+                f"rows; {'finished before' if done else tuner.train.residency}"
             )
             result = done or tuner.run(bars)
-            if done is None:
+            # An interruption may have come between the two files.
+            if done is None or not (folder / "run.json").is_file():
                 write_record(folder, config.model_dump(mode="json"), where)
             results.append(result)
     return results

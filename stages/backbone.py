@@ -1,20 +1,14 @@
-"""Hugging Face models as frozen backbones: taps out, a late route in.
-
-Nothing of a model's arithmetic is written again. Taps are forward hooks on the model's own
-blocks; stage one runs a copy of the model's structure (its weights shared) that ends after the
-last tap; the late route is a copy that begins at the first late block.
-"""
+"""Hugging Face models as frozen backbones: families, loading, fingerprints."""
 
 from __future__ import annotations
 
-import copy
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +268,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of everything that turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        import json
-
         rules = json.loads(backend.to_str())
         # Set per call, not part of the tokenizer.
         rules.pop("truncation", None)
@@ -284,147 +276,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules = {"vocab": tokenizer.get_vocab()}
     special = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
     return hash_json([rules, special])
-
-
-def share(module: nn.Module) -> Any:
-    """A copy of a module's structure over the very same weights and buffers.
-
-    The copy can be cut and hooked without the original noticing.
-    """
-    tensors = chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where `path` points."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
-
-
-def cut_after(backbone: Backbone, stream: str, last_tap: int) -> nn.Module:
-    """The backbone's structure without the blocks that no tap up to `last_tap` needs."""
-    model: nn.Module = share(backbone.model)
-    blocks = blocks_of(model, backbone.family, stream)
-    kept = nn.ModuleList(list(blocks)[: max(1, last_tap)])
-    replace_module(model, backbone.family.streams[stream], kept)
-    return model
-
-
-class TapRecorder:
-    """Keeps the states at some taps of a list of blocks whenever they run.
-
-    `states[tap]` is `[B, S, d]` after a forward pass.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, taps: Iterable[int]) -> None:
-        self.states: dict[int, Tensor] = {}
-        for tap in taps:
-            if tap < len(blocks):
-                blocks[tap].register_forward_pre_hook(self._before(tap), with_kwargs=True)
-            else:
-                blocks[tap - 1].register_forward_hook(self._after(tap))
-
-    def _before(self, tap: int) -> Callable[..., None]:
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.states[tap] = args[0] if args else kwargs["hidden_states"]
-
-        return keep
-
-    def _after(self, tap: int) -> Callable[..., None]:
-        def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self.states[tap] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    def stacked(self, taps: Sequence[int]) -> Tensor:
-        """`[K, B, S, d]` of the listed taps."""
-        return torch.stack([self.states[tap] for tap in taps])
-
-
-class EmbeddingPassthrough(nn.Module):
-    """Stands where the embeddings were; gives back the states it is handed."""
-
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
-        return inputs_embeds
-
-
-def late_encoder(backbone: Backbone, late: int) -> nn.Module:
-    """The last `late` blocks of an encoder, called with `inputs_embeds [B, S, d]`.
-
-    The model's own forward builds the mask; its weights are frozen and shared.
-    """
-    model: nn.Module = share(backbone.model)
-    path = backbone.family.streams["hidden"]
-    replace_module(
-        model, path, nn.ModuleList(list(blocks_of(model, backbone.family, "hidden"))[-late:])
-    )
-    replace_module(model, "embeddings", EmbeddingPassthrough())
-    return model
-
-
-def late_decoder(backbone: Backbone, late: int, final_norm: nn.Module) -> nn.Module:
-    """The last `late` blocks of a T5 decoder, ending in `final_norm`.
-
-    Called with `inputs_embeds [B, P, d]` and `encoder_hidden_states [B, S, d]`. The relative
-    position bias belongs to block 0 of the whole stack and moves to the first block that is left.
-    """
-    stack: Any = share(backbone.model.get_submodule("decoder"))
-    bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
-    stack.block = nn.ModuleList(list(stack.block)[-late:])
-    attention = stack.block[0].layer[0].SelfAttention
-    attention.has_relative_attention_bias = True
-    attention.relative_attention_bias = bias
-    stack.embed_tokens = None
-    stack.final_layer_norm = final_norm
-    decoder: nn.Module = stack
-    return decoder
-
-
-def paper_blocks(blocks: int) -> list[int]:
-    """Side layers of the published T5-base run, [1,2,3,5,6,7,9,10,11] of 12 (SPEC 3.2), for any
-    depth: every block whose number is no multiple of four."""
-    return [block for block in range(blocks) if block % 4] or [0]
-
-
-def paper_taps(family: Family, stream: str, blocks: int, late: int = 1) -> list[int]:
-    """Taps that SHERL reads from a stream.
-
-    T5 encoder: the embedding and the outputs of the side layers. T5 decoder: the same below the
-    late block. Encoders: every input up to that of the late block.
-    """
-    if not family.seq2seq:
-        return list(range(blocks - late + 1))
-    top = blocks if stream == "encoder" else blocks - late
-    return [0, *(block + 1 for block in paper_blocks(blocks) if block + 1 <= top)]
-
-
-def extracted_taps(
-    family: Family, depths: Mapping[str, int], wanted: str | Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """The taps that `extract` stores per stream.
-
-    Args:
-        depths: blocks per stream.
-        wanted: `paper`, `all`, or tap numbers for every stream.
-
-    A T5 encoder's top tap is always among them (label words attached later need it), and so is
-    the state that enters the last decoder block (the late route's own input).
-
-    Raises InputError for a tap that a stream does not have.
-    """
-    taps: dict[str, tuple[int, ...]] = {}
-    for stream, blocks in depths.items():
-        if wanted == "paper":
-            chosen = paper_taps(family, stream, blocks)
-        elif wanted == "all":
-            chosen = list(range(blocks + (0 if stream == "decoder" else 1)))
-        else:
-            chosen = [int(tap) for tap in wanted]
-        needed = [blocks] if stream == "encoder" else [blocks - 1] if stream == "decoder" else []
-        result = tuple(sorted({*chosen, *needed}))
-        if result[0] < 0 or result[-1] > blocks:
-            raise InputError(
-                explain(f"taps of the {stream}", expected=f"0 to {blocks}", found=list(result))
-            )
-        taps[stream] = result
-    return taps

@@ -327,7 +327,7 @@ def _read_table(path: Path, delimiter: str) -> list[Mapping[str, Any]]:
             if twice is not None:
                 raise InputError(f"{path}: two columns are named {twice!r}. Rename one of them.")
             for row in reader:
-                extra = row.get(None, ())  # type: ignore[call-overload]
+                extra = row.get(None, ())
                 if extra:
                     raise InputError(
                         explain(
@@ -347,7 +347,7 @@ def _read_table(path: Path, delimiter: str) -> list[Mapping[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -25,16 +25,11 @@ from sherl_pipe.cache import (
 from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, shard_capacity
 from sherl_pipe.stages import quantize
-from sherl_pipe.stages.backbone import (
-    Backbone,
-    TapRecorder,
-    blocks_of,
-    cut_after,
-    extracted_taps,
-    tokenizer_fingerprint,
-)
+from sherl_pipe.stages.backbone import Backbone, blocks_of, tokenizer_fingerprint
 from sherl_pipe.stages.data import Source, Template
 from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.surgery import TapRecorder, cut_after
+from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 

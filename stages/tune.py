@@ -278,7 +278,8 @@ class Tuner:
             last,
             settings.late,
             settings.reduction,
-            "t5" if backbone.family.seq2seq else "bert",
+            # The papers' own for text-to-text, and for a joint encoder with an answer head.
+            "t5" if backbone.family.seq2seq else "clipvil",
             settings.init,
             task.outputs,
             settings.pool,

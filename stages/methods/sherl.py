@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.backbone import (
-    Backbone,
-    TapRecorder,
-    blocks_of,
-    late_decoder,
-    late_encoder,
-    paper_taps,
-    share,
-)
+from sherl_pipe.stages.backbone import Backbone, blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.surgery import TapRecorder, late_decoder, late_encoder, share
+from sherl_pipe.stages.taps import paper_taps
 from torch import Tensor, nn
 
 __all__ = ["Consolidation", "Sherl", "SherlEncoder", "SherlSeq2Seq"]

@@ -1,0 +1,290 @@
+"""Faults seen from outside: rival writers, readers, hostile names and links, killed commands."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from cache_tools import ids_of, write_split
+from cli_tools import done, refused, sherl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from model_tools import save_model, write_data
+from sherl_pipe.cache import CacheWriter, FeatureCache, errors
+from sherl_pipe.cache.schema import MAX_NAME_BYTES, seal, unseal
+from sherl_pipe.cache.store import LocalStore
+from test_cache_faults import (
+    FILES,
+    HIDDEN,
+    LAYOUT,
+    SPEC,
+    TRAIN,
+    complaint,
+    forked,
+    labels,
+    operations,
+    write,
+    write_whole,
+)
+from test_cache_faults import refused as lost
+
+
+@pytest.fixture(autouse=True)
+def _no_disk_waits() -> Iterator[None]:
+    with patch.object(os, "fsync"):
+        yield
+
+
+def hold(path: Path, ready: int) -> None:
+    with CacheWriter.open(path, SPEC):
+        os.write(ready, b"x")
+        signal.pause()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    for _ in range(20):
+        wait, ready = os.pipe()
+        pid = forked(hold, tmp_path, ready)
+        os.close(ready)
+        assert os.read(wait, 1) == b"x"
+        os.close(wait)
+        with pytest.raises(errors.LockedError) as caught, CacheWriter.open(tmp_path, SPEC):
+            pass
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert f"process {pid} on {socket.gethostname()}" in str(caught.value)
+        assert caught.value.exit_code == 6
+        with CacheWriter.open(tmp_path, SPEC):  # a dead holder holds nothing
+            pass
+
+
+def test_reader_sees_committed_splits_only(tmp_path: Path) -> None:
+    names = [f"task{number}/train" for number in range(5)]
+    pid = forked(lambda: write(tmp_path, *names, pause=0.03))
+    seen: set[int] = set()
+    ended = 0
+    while not ended:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            cache = FeatureCache.open(tmp_path)
+        except errors.InputError:
+            assert not any(seen)  # no cache yet, or nothing of it is finished
+            continue
+        assert cache.splits == names[: len(cache.splits)]
+        assert not any(lost(cache, split) for split in cache.splits)
+        assert cache.verify() == []
+        seen.add(len(cache.splits))
+    assert status == 0 and cache.splits == names and len(seen) > 3
+
+
+def test_split_that_is_finished_while_a_reader_opens(tmp_path: Path) -> None:
+    """Its plan is listed, and gone when it is read."""
+    write_split(tmp_path, [4, 4], stop_after=1)
+    listing = LocalStore.list
+
+    def list_then_finish(store: LocalStore, prefix: str = "") -> Iterator[str]:
+        keys = list(listing(store, prefix))
+        with patch.object(LocalStore, "list", listing):
+            write_split(tmp_path, [4, 4])
+        return iter(keys)
+
+    with patch.object(LocalStore, "list", list_then_finish):
+        cache = FeatureCache.open(tmp_path)
+    assert cache.splits == [TRAIN] and cache.incomplete == {} and cache.verify() == []
+
+
+def test_labels_under_way_are_no_damage(tmp_path: Path) -> None:
+    """What a killed writer left behind is neither a table nor a damaged one."""
+    write_whole(tmp_path)
+    table = tmp_path / "_labels/size/train.json"
+    (table.parent / ".partial-1-train.json").write_bytes(table.read_bytes())
+    (table.parent / ".partial-2-train.json").write_bytes(b"{")
+    assert complaint(tmp_path) is None
+
+
+@pytest.mark.parametrize("key", FILES)
+@pytest.mark.parametrize("deleted", [False, True])
+def test_damage_before_the_manifest(tmp_path: Path, key: str, deleted: bool) -> None:
+    """What a manifest will vouch for is held against what the writer knows, and made good."""
+    whole, path = write_whole(tmp_path / "whole"), tmp_path / "torn"
+    with pytest.raises(KeyboardInterrupt), patch("time.sleep", side_effect=[0, KeyboardInterrupt]):
+        write(path, TRAIN)
+    file = path / key
+    data = file.read_bytes()
+    file.unlink()
+    if not deleted:
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    lost = {0: {(TRAIN, 0)}, 1: {(TRAIN, 1)}}.get(FILES.index(key), set())
+    assert write(path) == {*lost, ("sst2/validation", 0)}
+    cache = FeatureCache.open(path)
+    assert cache.content() == FeatureCache.open(whole).content() and cache.verify() == []
+
+
+def test_synced_before_it_is_named(tmp_path: Path) -> None:
+    names: list[str] = []
+    with operations(lambda _, name: names.append(name)):
+        LocalStore(tmp_path).create("a", b"data")
+    assert names == ["open", "write", "write", "fsync", "link", "unlink", "open", "fsync"]
+
+
+FOLDERS = ["sst2", TRAIN, f"{HIDDEN}/values", "_labels", "_labels/size"]
+PLAIN = ["zarr.json", f"{HIDDEN}/manifest.json", "_labels/size/train.json", "_lock"]
+SHARD = f"{HIDDEN}/values/c/0/0/0"
+
+
+@pytest.mark.parametrize(
+    ("key", "dangling"),
+    [(key, False) for key in [*FOLDERS, *PLAIN, SHARD]] + [(key, True) for key in [*PLAIN, SHARD]],
+)
+def test_links_are_refused(tmp_path: Path, key: str, dangling: bool) -> None:
+    path, target = write_whole(tmp_path / "cache"), tmp_path / "outside"
+    (path / key).rename(target)
+    (path / key).symlink_to("nowhere" if dangling else target)
+
+    def outside() -> dict[Path, int]:
+        files = [file for file in tmp_path.rglob("*") if not file.is_relative_to(path)]
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = outside()
+    if key != "_lock":
+        assert isinstance(complaint(path), errors.UnsafeError)
+    if key != SHARD:  # a writer has no business with a finished shard
+        with pytest.raises(errors.UnsafeError), CacheWriter.open(path, SPEC) as writer:
+            writer.write_labels(labels(2.5))
+            writer.stream(TRAIN, "hidden", ids_of(4), LAYOUT, {})
+    assert outside() == before and not (path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_plain_files_are_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A pipe would be waited at for ever."""
+    file = write_whole(tmp_path) / SHARD
+    file.unlink()
+    make(file)
+    assert isinstance(complaint(tmp_path), errors.UnsafeError)
+
+
+def test_manifest_that_points_outside(tmp_path: Path) -> None:
+    file = write_whole(tmp_path) / f"{HIDDEN}/manifest.json"
+    body = unseal(file.read_bytes(), "")
+    for key in ("../zarr.json", "/etc/zarr.json", "a//zarr.json", "a\0/zarr.json"):
+        file.write_bytes(seal({**body, "files": {**body["files"], key: {}}}))
+        assert isinstance(complaint(tmp_path), errors.UnsafeError)
+
+
+BAD = ["", ".", "..", "a/../b", "/etc", "a//b", "a/", ".hidden", "a/.b", "zarr.json", "a/zarr.json"]
+BAD += ["c", "a\0b", "a\n", "a b", "a\\b", "_labels", "a" * (MAX_NAME_BYTES + 1), "é"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
+    with CacheWriter.open(tmp_path, SPEC) as writer:
+        with pytest.raises(errors.UnsafeError) as caught:
+            writer.stream(name, "hidden", ids_of(4), LAYOUT, {})
+        assert caught.value.exit_code == 8
+        for change in ({"task": name}, {"role": name}):
+            with pytest.raises(errors.UnsafeError):
+                writer.write_labels(replace(labels(1), **change))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["_lock", "zarr.json"]
+
+
+@given(st.text("a./\\\0-_~ \n", max_size=8) | st.text(max_size=MAX_NAME_BYTES + 9))
+@settings(max_examples=50, deadline=None, suppress_health_check=[*HealthCheck])
+def test_no_name_leads_outside(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "inside"
+    with suppress(errors.UnsafeError):
+        write(root, name)
+    with suppress(errors.UnsafeError, errors.StorageError, FileExistsError):
+        LocalStore(root).create(f"x/{name}", b"")
+    assert [file.name for file in tmp_path.iterdir()] == ["inside"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of an extraction of about 14 shards."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_model(folder / "model", "bert")
+    data = write_data(folder / "data", train=2000, validation=100)
+    line = f"--model {model} --data {data} --codec float32 --taps all --shard-mib 1"
+    return f"{line} --batch-tokens 64 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def reference(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "cache"
+    done("extract", *options, "--cache", path)
+    return path
+
+
+def start(options: list[str], path: Path) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).with_name("sherl-pipe"), "extract", *options, "--cache", path]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def receipts(path: Path) -> list[Path]:
+    return sorted(path.glob("colour/train/hidden/receipts/[0-9]*.json"))
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every file that a receipt names."""
+    keys = [key for file in receipts(path) for key in unseal(file.read_bytes(), "")["files"]]
+    stats = {key: (path / key).stat() for key in keys}
+    return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
+
+
+KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+CODES = {KILL: -9, INT: 130, TERM: 143}
+
+
+@pytest.mark.slow
+def test_killed_extraction_resumes(tmp_path: Path, options: list[str], reference: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "cache"
+    kept: dict[str, tuple[int, int]] = {}
+    for number in (KILL, INT, KILL, TERM, KILL):
+        process = start(options, path)
+        while len(receipts(path)) <= len(kept) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(number)
+        begun = time.monotonic()
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == CODES[number], message
+        if number != KILL:
+            assert time.monotonic() - begun < 5
+            assert "run the same command again" in message and "Traceback" not in message
+        now = stamps(path)
+        assert len(now) > len(kept) and {key: now[key] for key in kept} == kept
+        kept = now
+        with pytest.raises(errors.IncompleteSplitError, match=f"{len(kept)} of "):
+            FeatureCache.open(path)
+    assert start(options, path).wait(120) == 0
+    stats = {key: (path / key).stat() for key in kept}
+    assert {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()} == kept
+    cache = FeatureCache.open(path)
+    assert cache.verify() == [] and cache.content() == FeatureCache.open(reference).content()
+
+
+def test_flipped_bit_stops_every_command(tmp_path: Path, reference: Path) -> None:
+    path = shutil.copytree(reference, tmp_path / "cache")
+    file = path / "colour/train/hidden/values/c/0/2/0"
+    data = bytearray(file.read_bytes())
+    data[random.Random(0).randrange(len(data))] ^= 16
+    file.write_bytes(data)
+    answer = sherl("verify", "--cache", path)
+    assert (answer.code, answer.out) == (4, "") and str(file) in answer.err
+    runs = tmp_path / "runs"
+    refused(4, str(file), "shard 2", argv=("tune", "--cache", path, "--epochs", 1, "--out", runs))
+    assert not [*runs.rglob("*.safetensors")]
