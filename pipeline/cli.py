@@ -162,11 +162,13 @@ def run(config: Path | None) -> None:
 
     Without CONFIG: ./pipeline.yaml if it is there, else the embedded demo.
     """
-    from sherl_pipe.pipeline.config import RunConfig, read_config
+    from importlib.resources import as_file, files
 
-    if config is None and Path("pipeline.yaml").is_file():
-        config = Path("pipeline.yaml")
-    settings = RunConfig() if config is None else read_config(config)
+    from sherl_pipe.pipeline.config import read_config
+
+    here = Path("pipeline.yaml")
+    with as_file(files("sherl_pipe.stages.demo") / "pipeline.yaml") as embedded:
+        settings = read_config(config or (here if here.is_file() else embedded))
     _extract(settings)
     _tune(settings, as_json=False, model=None)
 

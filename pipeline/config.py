@@ -1,6 +1,6 @@
 """A whole run as one strict model; `pipeline.yaml` is its file form.
 
-The defaults are the embedded demo, so a config without a line in it runs.
+A config without a line in it runs: model and data are then the embedded demo's.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, column in enumerate(columns):
         numbers = rows and all(row[place][:1].isdigit() or row[place] == "-" for row in rows)
-        made.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+        # Folded where a terminal is narrow: half a number would be worse than two lines.
+        made.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

@@ -36,7 +36,7 @@ def attach_labels(
     task: str,
     files: Sequence[Path],
     options: LabelOptions,
-    check: Callable[[TaskSpec], None] = lambda _: None,
+    check: Callable[[str, TaskSpec], None] = lambda _, __: None,
 ) -> dict[str, int]:
     """Attach one task's labels; by role, how many rows are new or changed.
 
@@ -60,7 +60,7 @@ def attach_labels(
     # Labels of a part of a task's splits keep the meaning that the task has.
     values = [value for _, column in read for value in column]
     spec = others[0].spec if others else task_spec(task, values)
-    check(spec)
+    check(task, spec)
     tables = [
         LabelTable(task, role, spec, tuple(ids), tuple(_encode(spec, file, column)))
         for role, file, (ids, column) in zip(roles, files, read, strict=True)

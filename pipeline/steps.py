@@ -106,8 +106,8 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         for source in sources
     }
     tables = label_tables(sources, templates)
-    if seq2seq:
-        word_trees(tables, tokenizer, 0)  # words that the tokenizer confuses are known now
+    for table in tables if seq2seq else ():
+        check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     reports = []
     with CacheWriter.open(path, identity) as writer:
         extractor = Extractor(
@@ -205,16 +205,21 @@ def check_tokenizer(expected: str, tokenizer: Any, where: str) -> None:
         )
 
 
-def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[TaskSpec], None]:
+def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, TaskSpec], None]:
     """What refuses label words that the cache's tokenizer cannot tell apart."""
     name = model or str(cache.identity.backbone["name"])
     tokenizer = load_tokenizer(name, cache.identity.backbone.get("revision"))
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
 
-    def check(spec: TaskSpec) -> None:
-        PrefixTree.of_words(spec.words, tokenizer, 0)
+    return lambda task, spec: check_words(task, spec, tokenizer)
 
-    return check
+
+def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
+    """Raise InputError for label words that are the same to the tokenizer."""
+    try:
+        PrefixTree.of_words(spec.words, tokenizer, 0)
+    except InputError as error:
+        raise InputError(f"task {task}: {error}") from error
 
 
 def extract_words(

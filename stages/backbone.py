@@ -71,8 +71,8 @@ class Backbone:
         revision: the hub's commit, None for a local folder.
     """
 
-    def __init__(self, model: nn.Module, name: str = "model", revision: str | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: Any, name: str = "model", revision: str | None = None) -> None:
+        self.model: nn.Module = model.eval().requires_grad_(False)
         self.name, self.revision = name, revision
         self.config: Any = model.config
         self.family = family_of(self.config)

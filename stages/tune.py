@@ -356,6 +356,11 @@ class Tuner:
         result = torch.cat([each for _, each in found])
         ordered = torch.empty_like(result)
         ordered[torch.from_numpy(rows)] = result
+        if not torch.isfinite(ordered).all():
+            raise NonFiniteError(
+                f"{self.task.name}: the tuned model's outputs are not finite. Lower --lr, or use "
+                "--precision float32."
+            )
         return ordered
 
     def loss(self, batch: Batch) -> Tensor:
@@ -400,13 +405,20 @@ class Tuner:
         )
         what = f"{self.task.name} {settings.method} seed {settings.seed}"
         self.train.preload(lambda done, all_: progress(f"{what}: loading", done, all_, "shards"))
-        per_epoch = len(self.train.epoch(settings.seed, 0, settings.batch_size))
-        total = per_epoch * settings.epochs
+        # Shards meet in other windows in every epoch, so epochs differ in their last batches.
+        ends = np.cumsum(
+            [
+                len(self.train.epoch(settings.seed, epoch, settings.batch_size))
+                for epoch in range(settings.epochs)
+            ]
+        )
+        total = int(ends[-1])
         step, seconds = self._resume(optimizer)
         saved = begun = time.perf_counter()
         while step < total:
-            epoch, place = divmod(step, per_epoch)
-            batches = self.train.epoch(settings.seed, epoch, settings.batch_size)[place:]
+            epoch = int(np.searchsorted(ends, step, "right"))
+            batches = self.train.epoch(settings.seed, epoch, settings.batch_size)
+            batches = batches[len(batches) - (int(ends[epoch]) - step) :]
             self.route.train()
             self.route.late.eval()
             for batch in self.train.read(batches):

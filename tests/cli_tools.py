@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from sherl_pipe.pipeline import cli
 
 
@@ -31,13 +30,11 @@ class Answer:
 
 def sherl(*argv: object) -> Answer:
     """`sherl-pipe argv...`, as its console script runs it."""
-    # On tiny models more threads, and waiting for the disk, are all of the time.
-    torch.set_num_threads(1)
     out, err = io.StringIO(), io.StringIO()
     line = ["sherl-pipe", *map(str, argv)]
     with (
         patch.object(sys, "argv", line),
-        patch.object(os, "fsync", lambda _: None),
+        patch.object(os, "fsync", lambda _: None),  # waiting for the disk was most of the time
         redirect_stdout(out),
         redirect_stderr(err),
     ):

@@ -19,10 +19,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-WORDS = (
+_TEXT = (
     "a an the cat dog bird sees likes hates big small red old and or not very 0 1 2 3 4 5 . : "
     "sentence sentence1 sentence2 colour mood size mixed good bad"
-).split()
+)
+WORDS = _TEXT.split()
 FAMILIES = ("t5", "t5-gated", "bert", "roberta")
 
 
@@ -83,8 +84,11 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
-         pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
     )
     ends = [("</s>", 1), ("<s>", 3)]
     if family.startswith("t5"):

@@ -101,7 +101,7 @@ def complaint(path: Path) -> errors.SherlPipeError | None:
     return None
 
 
-Strike = Callable[[int, str], None]
+Strike = Callable[[int, str], object]
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def assert_resumes(path: Path, whole: Path) -> None:
     assert cache.content() == FeatureCache.open(whole).content() and cache.verify() == []
 
 
-def at(point: int, action: Callable[[], None], lasting: bool = False) -> Strike:
+def at(point: int, action: Callable[[], object], lasting: bool = False) -> Strike:
     """`action` at one operation, or at it and at all that follow."""
     return lambda n, _: action() if n == point or (lasting and n > point) else None
 
@@ -211,7 +211,7 @@ def test_killed_at_any_operation(tmp_path: Path, whole: Path, step: int) -> None
     assert point > 300
 
 
-def refuse(code: int, path: Path) -> None:
+def refuse(code: int, path: Path) -> object:
     raise OSError(code, os.strerror(code), str(path))
 
 

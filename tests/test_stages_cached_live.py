@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from model_tools import FAMILIES, save_model, write_data
-from torch import Tensor
-from torch.nn import functional as F
-
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
@@ -22,6 +19,8 @@ from sherl_pipe.stages.data import Template, load_sources
 from sherl_pipe.stages.extract import tokenize
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.tune import Task, Tuner, TuneSettings
+from torch import Tensor
+from torch.nn import functional as F
 
 QUIET = Bars(None)
 
@@ -41,8 +40,14 @@ def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -
     )
     run_extract(config, QUIET)
     cache, backbone, tokenizer = open_for_tuning(config, QUIET)
-    return {"cache": cache, "backbone": backbone, "tokenizer": tokenizer, "data": data,
-            "config": config, "task": Task(cache, task, backbone, tokenizer)}
+    return {
+        "cache": cache,
+        "backbone": backbone,
+        "tokenizer": tokenizer,
+        "data": data,
+        "config": config,
+        "task": Task(cache, task, backbone, tokenizer),
+    }
 
 
 def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from sherl_pipe.cache import CODECS, NonFiniteError
 from sherl_pipe.stages import quantize
 

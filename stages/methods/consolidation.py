@@ -150,7 +150,10 @@ class Consolidation(nn.Module):
         # w . (s * g) for every tap, as s . (g * w): one product of [n, M, h] with [n, h, 1].
         aim = (guide * self.score.weight[0, 0]).unsqueeze(-1)
         scores = (shallow.transpose(0, 1) @ aim).squeeze(-1) + self.score.bias[0, 0]
-        shares = F.relu(scores) / redundancy
+        # A tap that was reduced to nothing resembles nothing, itself included, and has no share;
+        # the papers' quotient would be 0 / 0.
+        there = redundancy > 0
+        shares = torch.where(there, F.relu(scores) / redundancy.where(there, 1.0), 0.0)
         shares = shares / (shares.sum(-1, keepdim=True) + epsilon)
         return torch.einsum("nm,mnh->nh", shares, shallow) + guide
 
