@@ -12,7 +12,7 @@ from typing import Any
 
 from sherl_pipe.cache.errors import CorruptCacheError
 from sherl_pipe.cache.schema import check_name, seal, unseal
-from sherl_pipe.cache.store import PARTIAL, LocalStore
+from sherl_pipe.cache.store import LocalStore, is_partial
 
 FOLDER = "_labels"
 
@@ -124,4 +124,4 @@ def read_all(store: LocalStore) -> dict[str, dict[str, LabelTable]]:
 def keys(store: LocalStore) -> list[str]:
     """The tables' files; what a writer has under way, or left behind when it died, is none."""
     found = store.list(FOLDER)
-    return [key for key in found if key.endswith(".json") and PARTIAL not in key]
+    return [key for key in found if key.endswith(".json") and not is_partial(key)]

@@ -24,7 +24,7 @@ from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.schema import Identity, StreamSpec, bounded, unseal
-from sherl_pipe.cache.store import PARTIAL, LocalStore
+from sherl_pipe.cache.store import LocalStore, is_partial
 from sherl_pipe.cache.writer import ROOT_METADATA, file_record, matches, read_identity, stream_kind
 
 
@@ -332,7 +332,8 @@ class FeatureCache:
         )
 
     def _scan(self) -> None:
-        keys = [key for key in self._store.list() if PARTIAL not in key]
+        labels = f"{label_files.FOLDER}/"  # may hold a role called plan or manifest
+        keys = [k for k in self._store.list() if not is_partial(k) and not k.startswith(labels)]
         for key in keys:
             parts = key.split("/")
             if parts[-1] == "manifest.json" and len(parts) > 2:

@@ -39,6 +39,11 @@ def _storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
         ) from error
 
 
+def is_partial(key: str) -> bool:
+    """Whether a key is a temporary file's; folders may be called anything."""
+    return key.rsplit("/", 1)[-1].startswith(PARTIAL)
+
+
 def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise UnsafeError(
@@ -186,7 +191,7 @@ class LocalStore:
 
     def remove_partials(self, prefix: str = "") -> int:
         """Delete what an interrupted writer left behind; only the lock's holder may call this."""
-        partials = [key for key in self.list(prefix) if key.rsplit("/", 1)[-1].startswith(PARTIAL)]
+        partials = [key for key in self.list(prefix) if is_partial(key)]
         for key in partials:
             self.delete(key)
         return len(partials)

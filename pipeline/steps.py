@@ -36,6 +36,8 @@ from sherl_pipe.stages.extract import Extractor, Report, complete_words, identif
 from sherl_pipe.stages.tune import Task, Tuner, TuneResult, TuneSettings, check_backbone
 from sherl_pipe.stages.words import PrefixTree
 
+# Parameters below which threads do not pay.
+TINY = 5_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Measured on the development tasks of docs/results.md; the published rate for T5.
 DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 3e-3}
@@ -55,6 +57,13 @@ def pick_device(wanted: str) -> torch.device:
             explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
         ) from error
     return device
+
+
+def spare_threads(backbone: Backbone) -> None:
+    """One thread for a tiny model on the CPU: its kernels are too small to be shared, and on a
+    busy machine threads that wait for one another cost many times the work."""
+    if backbone.device.type == "cpu" and backbone.parameters < TINY:
+        torch.set_num_threads(1)
 
 
 def parse_bytes(text: str | None) -> int:
@@ -88,6 +97,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     backbone = load_backbone(
         config.model, revision=config.revision, dtype=DTYPES[settings.dtype], device=device
     )
+    spare_threads(backbone)
     tokenizer = load_tokenizer(config.model, config.revision)
     seq2seq = backbone.family.seq2seq
     kind = settings.template or ("task" if seq2seq else "neutral")
@@ -183,6 +193,7 @@ def open_for_tuning(
     # The late route trains in float32 whatever the features were computed in.
     backbone = load_backbone(name, revision=revision, device=device)
     check_backbone(cache.identity, backbone)
+    spare_threads(backbone)
     tokenizer = load_tokenizer(name, revision)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and _lacks_words(cache, backbone, tokenizer):

@@ -212,7 +212,6 @@ class Extractor:
         reused = len(distinct) - len(here)
         notes = {
             "template": template.to_json(),
-            "rows": len(source.rows),
             "reused": reused,
             "truncated": tokens.truncated,
         }

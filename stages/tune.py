@@ -228,7 +228,9 @@ def _roles(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
     others = [role for role in sorted(tables) if role.startswith("validation")]
     if others:
         return train, tables[others[0]]
-    held = [int.from_bytes(identity[:4], "big") % HOLD_OUT == 0 for identity in train.ids]
+    order = [int.from_bytes(identity[:4], "big") for identity in train.ids]
+    # The least number too, so that a small file has something held out.
+    held = [number % HOLD_OUT == 0 or number == min(order) for number in order]
 
     def part(wanted: bool, role: str) -> LabelTable:
         rows = [row for row, out in enumerate(held) if out == wanted]

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,12 +27,13 @@ from model_tools import save_model, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache, errors
 from sherl_pipe.cache.schema import MAX_NAME_BYTES, seal, unseal
 from sherl_pipe.cache.store import LocalStore
-from test_cache_faults import (
+from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     FILES,
     HIDDEN,
     LAYOUT,
     SPEC,
     TRAIN,
+    _no_disk_waits,
     complaint,
     forked,
     labels,
@@ -41,12 +43,6 @@ from test_cache_faults import (
     write_whole,
 )
 from test_cache_faults import refused as lost
-
-
-@pytest.fixture(autouse=True)
-def _no_disk_waits() -> Iterator[None]:
-    with patch.object(os, "fsync"):
-        yield
 
 
 def hold(path: Path, ready: int) -> None:
@@ -62,10 +58,12 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         os.close(ready)
         assert os.read(wait, 1) == b"x"
         os.close(wait)
-        with pytest.raises(errors.LockedError) as caught, CacheWriter.open(tmp_path, SPEC):
-            pass
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        try:
+            with pytest.raises(errors.LockedError) as caught, CacheWriter.open(tmp_path, SPEC):
+                pass
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         assert f"process {pid} on {socket.gethostname()}" in str(caught.value)
         assert caught.value.exit_code == 6
         with CacheWriter.open(tmp_path, SPEC):  # a dead holder holds nothing
@@ -75,8 +73,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def test_reader_sees_committed_splits_only(tmp_path: Path) -> None:
     names = [f"task{number}/train" for number in range(5)]
     pid = forked(lambda: write(tmp_path, *names, pause=0.03))
-    seen: set[int] = set()
-    ended = 0
+    ended, seen = 0, set[int]()
     while not ended:
         ended, status = os.waitpid(pid, os.WNOHANG)
         try:
@@ -107,13 +104,16 @@ def test_split_that_is_finished_while_a_reader_opens(tmp_path: Path) -> None:
     assert cache.splits == [TRAIN] and cache.incomplete == {} and cache.verify() == []
 
 
-def test_labels_under_way_are_no_damage(tmp_path: Path) -> None:
-    """What a killed writer left behind is neither a table nor a damaged one."""
-    write_whole(tmp_path)
-    table = tmp_path / "_labels/size/train.json"
-    (table.parent / ".partial-1-train.json").write_bytes(table.read_bytes())
-    (table.parent / ".partial-2-train.json").write_bytes(b"{")
-    assert complaint(tmp_path) is None
+@pytest.mark.parametrize("role", ["train", "plan", "manifest"])
+def test_names_are_not_taken_for_more(tmp_path: Path, role: str) -> None:
+    """Nor is what a killed writer left behind taken for labels."""
+    write(tmp_path, "a.partial-b/train")
+    with CacheWriter.open(tmp_path, SPEC) as writer:
+        writer.write_labels(replace(labels(1), role=role))
+    (tmp_path / "_labels/size/.partial-1-train.json").write_bytes(b"{")
+    cache = FeatureCache.open(tmp_path)
+    assert cache.splits == ["a.partial-b/train"] and cache.verify() == []
+    assert list(cache.tasks["size"]) == [role]
 
 
 @pytest.mark.parametrize("key", FILES)
@@ -228,8 +228,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("tiny")
     model = save_model(folder / "model", "bert")
     data = write_data(folder / "data", train=2000, validation=100)
-    line = f"--model {model} --data {data} --codec float32 --taps all --shard-mib 1"
-    return f"{line} --batch-tokens 64 --device cpu".split()
+    line = "--codec float32 --taps all --shard-mib 1 --batch-tokens 64 --device cpu"
+    return ["--model", model, "--data", str(data), *line.split()]
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +249,8 @@ def receipts(path: Path) -> list[Path]:
     return sorted(path.glob("colour/train/hidden/receipts/[0-9]*.json"))
 
 
-def stamps(path: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file that a receipt names."""
-    keys = [key for file in receipts(path) for key in unseal(file.read_bytes(), "")["files"]]
+def stamps(path: Path, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Inode and time of files."""
     stats = {key: (path / key).stat() for key in keys}
     return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
 
@@ -273,14 +272,14 @@ def test_killed_extraction_resumes(tmp_path: Path, options: list[str], reference
         if code > 0:
             assert time.monotonic() - begun < 5
             assert "run the same command again" in message and "Traceback" not in message
-        now = stamps(path)
+        names = [unseal(file.read_bytes(), "")["files"] for file in receipts(path)]
+        now = stamps(path, chain(*names))
         assert len(now) > len(kept) and {key: now[key] for key in kept} == kept
         kept = now
         with pytest.raises(errors.IncompleteSplitError, match=f"{len(kept)} of "):
             FeatureCache.open(path)
     assert start(options, path).wait(120) == 0
-    stats = {key: (path / key).stat() for key in kept}
-    assert {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()} == kept
+    assert stamps(path, kept) == kept
     cache = FeatureCache.open(path)
     assert cache.verify() == [] and cache.content() == FeatureCache.open(reference).content()
 
