@@ -32,7 +32,8 @@ def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def difference(found: Tensor, expected: Tensor) -> float:
     """max|a - b| / max|b|, SPEC section 0."""
     assert found.shape == expected.shape
-    return float((found.detach() - expected).abs().max() / expected.abs().max())
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], zero: list[str]) -> None:

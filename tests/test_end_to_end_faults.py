@@ -34,6 +34,7 @@ from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     SPEC,
     TRAIN,
     _no_disk_waits,
+    assert_told,
     complaint,
     forked,
     labels,
@@ -90,13 +91,14 @@ def test_reader_sees_committed_splits_only(tmp_path: Path) -> None:
 
 def test_split_that_is_finished_while_a_reader_opens(tmp_path: Path) -> None:
     """Its plan is listed, and gone when it is read."""
-    write_split(tmp_path, [4, 4], stop_after=1)
+    write_split(tmp_path, [4, 4, 4], stop_after=1)
+    assert_told(tmp_path)
     listing = LocalStore.list
 
     def list_then_finish(store: LocalStore, prefix: str = "") -> Iterator[str]:
         keys = list(listing(store, prefix))
         with patch.object(LocalStore, "list", listing):
-            write_split(tmp_path, [4, 4])
+            write_split(tmp_path, [4, 4, 4])
         return iter(keys)
 
     with patch.object(LocalStore, "list", list_then_finish):

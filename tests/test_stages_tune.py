@@ -131,8 +131,10 @@ def test_without_a_validation_split_some_rows_are_held_out(world: World) -> None
     assert set(task.train.ids) | set(task.held_out.ids) == set(whole.ids)
     assert 0.03 < len(task.held_out.ids) / len(whole.ids) < 0.25
     few = replace(whole, ids=task.train.ids[:3], labels=task.train.labels[:3])
-    with pytest.raises(InputError, match="has 3 rows, too few to hold some out"):
-        tune._roles({"train": few})
+    assert [len(part.ids) for part in tune._roles({"train": few})] == [2, 1]
+    one = replace(whole, ids=whole.ids[:1], labels=whole.labels[:1])
+    with pytest.raises(InputError, match="has 1 rows, too few to hold some out"):
+        tune._roles({"train": one})
 
 
 def test_gradients_that_are_no_numbers_stop_the_tuning(world: World, tmp_path: Path) -> None:
