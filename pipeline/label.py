@@ -11,7 +11,9 @@ from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable, 
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import ID_BYTES, example_id
 from sherl_pipe.cache.labels import Label
-from sherl_pipe.stages.data import Source, Template, encode_label, load_sources, task_spec
+from sherl_pipe.stages.data import Source, load_sources
+from sherl_pipe.stages.targets import encode_label, task_spec
+from sherl_pipe.stages.templates import Template
 
 
 @dataclass(frozen=True)

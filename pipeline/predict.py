@@ -11,12 +11,13 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.steps import check_tokenizer, pick_device
+from sherl_pipe.pipeline.steps import pick_device
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
-from sherl_pipe.stages.backbone import load_backbone, load_tokenizer
-from sherl_pipe.stages.data import Template, check_text, load_sources
-from sherl_pipe.stages.extract import tokenize
-from sherl_pipe.stages.tune import predictions
+from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.data import check_text, load_sources
+from sherl_pipe.stages.task import predictions
+from sherl_pipe.stages.templates import Template
+from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
 from sherl_pipe.stages.words import PrefixTree
 
 
@@ -54,8 +55,7 @@ class Predictor:
         self.model = TunedModel(backbone, route).eval()
         self.tree: PrefixTree | None = None
         if backbone.family.seq2seq:
-            start = int(backbone.config.decoder_start_token_id)
-            self.tree = PrefixTree.of_words(config.labels.words, self.tokenizer, start)
+            self.tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
 
     def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Texts from the command line; for pairs, two and two belong together."""

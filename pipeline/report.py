@@ -9,7 +9,7 @@ from rich.table import Table
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.console import table
 from sherl_pipe.stages.extract import Report
-from sherl_pipe.stages.tune import TuneResult
+from sherl_pipe.stages.settings import TuneResult
 
 
 def extract_table(reports: Sequence[Report], title: str) -> Table:
@@ -113,6 +113,13 @@ def describe(cache: FeatureCache) -> dict[str, Any]:
             for name, (done, total) in sorted(cache.incomplete.items())
         },
     }
+
+
+def example_ids(cache: FeatureCache, split: str) -> list[str]:
+    """The ids of a split's texts, in the order of the data; a text that an earlier split holds
+    is there. Raises InputError for a split that is not in the cache."""
+    main = "encoder" if "encoder" in cache.identity.streams else "hidden"
+    return [row.tobytes().hex() for row in cache.stream(split, main).ids]
 
 
 def inspect_tables(description: dict[str, Any]) -> list[Table | str]:

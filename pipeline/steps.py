@@ -16,7 +16,6 @@ from sherl_pipe.cache import (
     FeatureCache,
     Identity,
     InputError,
-    StaleCacheError,
     TaskSpec,
 )
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
@@ -25,15 +24,15 @@ from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.record import versions, write_record
-from sherl_pipe.stages.backbone import (
-    Backbone,
-    load_backbone,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
-from sherl_pipe.stages.data import label_tables, load_sources, make_template
-from sherl_pipe.stages.extract import Extractor, Report, complete_words, identify, word_trees
-from sherl_pipe.stages.tune import Task, Tuner, TuneResult, TuneSettings, check_backbone
+from sherl_pipe.stages.backbone import Backbone, load_backbone
+from sherl_pipe.stages.data import DEMO_DATA, load_sources
+from sherl_pipe.stages.extract import Extractor, Report, identify, missing_words
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
+from sherl_pipe.stages.targets import label_tables
+from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.templates import make_template
+from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
+from sherl_pipe.stages.tune import Tuner
 from sherl_pipe.stages.words import PrefixTree
 
 # Parameters below which threads do not pay.
@@ -100,7 +99,9 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     spare_threads(backbone)
     tokenizer = load_tokenizer(config.model, config.revision)
     seq2seq = backbone.family.seq2seq
-    kind = settings.template or ("task" if seq2seq else "neutral")
+    # The demo's tasks label the same sentences.
+    named = seq2seq and config.data_source != DEMO_DATA
+    kind = settings.template or ("task" if named else "neutral")
     identity = identify(
         backbone,
         tokenizer,
@@ -129,15 +130,15 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
             progress=bars,
             announce=say,
         )
+        known = _held_examples(path)
         for source in sources:
-            known = _held_examples(path)
             reports.append(extractor.split(source, templates[source.name], known))
         for table in tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if seq2seq:
-            reports += complete_words(extractor, FeatureCache.open(path))
+            reports += _extract_words(extractor, FeatureCache.open(path))
         where = {"path": str(path), "identity": identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name="_run.json")
     return reports
@@ -160,11 +161,18 @@ def positions(backbone: Backbone) -> int | None:
     return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-def _held_examples(path: Path) -> dict[bytes, tuple[str, int]]:
+def _held_examples(path: Path) -> dict[bytes, str]:
     try:
-        return FeatureCache.open(path).places
+        places = FeatureCache.open(path).places
     except IncompleteSplitError:
         return {}
+    return {identity: split for identity, (split, _) in places.items()}
+
+
+def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
+    """Decoder states that label words still lack, from the cached encoder."""
+    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
+    return [extractor.words(cache, split, tree) for split, tree in missing]
 
 
 def _before_extract(
@@ -192,28 +200,17 @@ def open_for_tuning(
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
     backbone = load_backbone(name, revision=revision, device=device)
-    check_backbone(cache.identity, backbone)
+    backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
     tokenizer = load_tokenizer(name, revision)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
-    if backbone.family.seq2seq and _lacks_words(cache, backbone, tokenizer):
-        extract_words(cache, name, tokenizer, device, bars)
+    if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
+        # Attached after the extraction; in the dtype of the other features.
+        twin = backbone.cast(DTYPES[str(cache.identity.backbone["dtype"])])
+        with CacheWriter.open(cache.path, cache.identity) as writer:
+            _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
         cache = FeatureCache.open(config.cache_path)
     return cache, backbone, tokenizer
-
-
-def check_tokenizer(expected: str, tokenizer: Any, where: str) -> None:
-    """Raise StaleCacheError unless the tokenizer has this fingerprint."""
-    found = tokenizer_fingerprint(tokenizer)
-    if found != expected:
-        raise StaleCacheError(
-            explain(
-                f"{where}: tokenizer",
-                expected=expected,
-                found=found,
-                todo="Use the tokenizer that it was made with.",
-            )
-        )
 
 
 def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, TaskSpec], None]:
@@ -231,33 +228,6 @@ def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
         PrefixTree.of_words(spec.words, tokenizer, 0)
     except InputError as error:
         raise InputError(f"task {task}: {error}") from error
-
-
-def extract_words(
-    cache: FeatureCache, name: str, tokenizer: Any, device: torch.device, bars: Bars
-) -> list[Report]:
-    """Decoder states of label words that were attached after the extraction."""
-    known = cache.identity.backbone
-    backbone = load_backbone(
-        name, revision=known.get("revision"), dtype=DTYPES[str(known["dtype"])], device=device
-    )
-    check_backbone(cache.identity, backbone)
-    with CacheWriter.open(cache.path, cache.identity) as writer:
-        return complete_words(
-            Extractor(writer, backbone, tokenizer, progress=bars, announce=say), cache
-        )
-
-
-def _lacks_words(cache: FeatureCache, backbone: Backbone, tokenizer: Any) -> bool:
-    tables = [table for roles in cache.tasks.values() for table in roles.values()]
-    start = int(backbone.config.decoder_start_token_id)
-    return any(
-        stream not in cache.streams(cache.places[identity][0])
-        for stream, (_, users) in word_trees(tables, tokenizer, start).items()
-        for table in users
-        for identity in table.ids
-        if identity in cache.places
-    )
 
 
 def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
@@ -280,7 +250,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     results = []
     for task in tasks:
         for settings in tunings(config, seq2seq=backbone.family.seq2seq):
-            name = tuning_name(settings)
+            name = settings.name
             folder = tune.out / task.name / name
             tuner = Tuner(task, settings, folder, budget=budget)
             done = tuner.finished()
@@ -314,11 +284,3 @@ def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
         precision=tune.precision,
     )
     return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]
-
-
-def tuning_name(settings: TuneSettings) -> str:
-    """The folder of a tuning below its task."""
-    return (
-        f"{settings.method}-r{settings.reduction}-late{settings.late}-{settings.init}"
-        f"-lr{settings.lr:g}-seed{settings.seed}"
-    )

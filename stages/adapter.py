@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from sherl_pipe.cache import InputError, StaleCacheError, TaskSpec
+from sherl_pipe.cache import InputError, TaskSpec
 from sherl_pipe.cache.errors import CorruptCacheError, UnsafeError, explain
 from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
@@ -204,16 +204,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
 def load_route(folder: str | Path, backbone: Backbone) -> tuple[AdapterConfig, Route]:
     """An adapter's route on its backbone. Raises StaleCacheError for another backbone."""
     config, weights = read_adapter(folder)
-    for field, found in (("fingerprint", backbone.fingerprint), ("config", backbone.config_hash)):
-        if config.backbone[field] != found:
-            raise StaleCacheError(
-                explain(
-                    f"{folder}: backbone {field}",
-                    expected=f"{config.backbone[field]} ({config.backbone['name']})",
-                    found=f"{found} ({backbone.name})",
-                    todo="Use the backbone that the adapter was tuned on.",
-                )
-            )
+    backbone.require(config.backbone, str(folder))
     route = METHODS[config.route.method].build(backbone, config.route)
     load_weights(route, weights, str(folder))
     return config, route

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sherl_pipe.cache import InputError, UnsafeError
+from sherl_pipe.cache import InputError, StaleCacheError, UnsafeError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
 from torch import Tensor, nn
@@ -89,6 +89,11 @@ class Backbone:
         return int(width)
 
     @property
+    def start(self) -> int:
+        """Token id that decoding starts from; text-to-text backbones only."""
+        return int(self.config.decoder_start_token_id)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -115,6 +120,32 @@ class Backbone:
     def fingerprint(self) -> str:
         """Hash of every weight: name, type, shape and bytes."""
         return weights_fingerprint(self.model)
+
+    def require(self, expected: Mapping[str, Any], where: str) -> None:
+        """Raise StaleCacheError unless this is the backbone that `where` was made with.
+
+        Args:
+            expected: its `name`, `fingerprint` and `config`.
+            where: the cache or adapter, for the message.
+        """
+        for field, found in (("fingerprint", self.fingerprint), ("config", self.config_hash)):
+            if expected[field] != found:
+                raise StaleCacheError(
+                    explain(
+                        f"{where}: backbone {field}",
+                        expected=f"{expected[field]} ({expected['name']})",
+                        found=f"{found} ({self.name})",
+                        todo="Give --model the backbone that it was made with.",
+                    )
+                )
+
+    def cast(self, dtype: torch.dtype) -> Backbone:
+        """This backbone, or a copy of it in another dtype."""
+        if dtype == self.dtype:
+            return self
+        twin = Backbone(copy.deepcopy(self.model).to(dtype), self.name, self.revision)
+        twin.__dict__["fingerprint"] = self.fingerprint  # of the weights before they are rounded
+        return twin
 
 
 def family_of(config: Any) -> Family:
@@ -215,16 +246,6 @@ def load_backbone(
     return backbone
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The model's own tokenizer. Raises InputError, UnsafeError."""
-    from transformers import AutoTokenizer
-
-    with loading_errors(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(
-            resolve_model(name), revision=revision or "main", trust_remote_code=False
-        )
-
-
 def _load_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
@@ -262,17 +283,3 @@ class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors
             f"hub did not give it ({text[:200]}). Check the name, or point --model at a local "
             "folder that has config.json, model.safetensors and the tokenizer's files."
         ) from error
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of everything that turns text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # Set per call, not part of the tokenizer.
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-    else:
-        rules = {"vocab": tokenizer.get_vocab()}
-    special = {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())}
-    return hash_json([rules, special])

@@ -1,111 +1,23 @@
-"""Inputs and tasks: files or the hub -> rendered texts, ids, labels with their meaning."""
+"""Inputs: files or the hub, as splits of tasks."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sherl_pipe.cache import InputError, LabelTable, TaskSpec
+from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.cache.fingerprint import example_id
-from sherl_pipe.cache.labels import Label
+from sherl_pipe.stages.files import SUFFIXES, read_rows
+from sherl_pipe.stages.templates import GLUE_COLUMNS, Template
 
 DEMO_DATA = "demo"
-TEMPLATES = ("task", "neutral")
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-
-# GLUE's text fields as in the published runs (SPEC section 8); a field without a colon there has
-# none here.
-GLUE: dict[str, tuple[str, ...]] = {
-    "cola": ("sentence",),
-    "sst2": ("sentence",),
-    "mrpc": ("sentence1", "sentence2"),
-    "rte": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-    "stsb": ("sentence1", "sentence2"),
-    "qqp": ("question1", "question2"),
-    "qnli": ("question", "sentence"),
-    "mnli": ("premise", "hypothesis"),
-}
-_NO_COLON = {("mnli", "hypothesis")}
-GLUE_METRICS: dict[str, tuple[str, ...]] = {
-    "cola": ("matthews",),
-    "mrpc": ("accuracy", "f1"),
-    "qqp": ("accuracy", "f1"),
-    "stsb": ("pearson", "spearman"),
-}
+# What GLUE writes where a test split has labels that are not public.
+WITHHELD = (-1, "-1")
 _USUAL_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"), ("question", "sentence"))
-
-# More label words than this are no classes but free text.
-MAX_WORDS = 256
-
-
-@dataclass(frozen=True)
-class Template:
-    """How the columns of a row become the text segments of an input.
-
-    Attributes:
-        segments: per segment, pieces (prefix, column) that are joined by a blank.
-    """
-
-    segments: tuple[tuple[tuple[str, str], ...], ...]
-
-    def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The texts of a row. Raises KeyError for a column that it lacks."""
-        return tuple(
-            " ".join(f"{prefix}{row[column]}" for prefix, column in pieces)
-            for pieces in self.segments
-        )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(column for pieces in self.segments for _, column in pieces)
-
-    def reading(self, columns: Sequence[str]) -> Template:
-        """The same texts from columns of other names, one for each of `columns`, in order."""
-        names = dict(zip(self.columns, columns, strict=True))
-        return Template(
-            tuple(tuple((prefix, names[old]) for prefix, old in each) for each in self.segments)
-        )
-
-    def to_json(self) -> list[Any]:
-        return [[list(piece) for piece in pieces] for pieces in self.segments]
-
-    @classmethod
-    def from_json(cls, data: Any) -> Template:
-        return cls(tuple(tuple((p, c) for p, c in pieces) for pieces in data))
-
-
-def make_template(kind: str, task: str, columns: Sequence[str], *, seq2seq: bool) -> Template:
-    """The template of a task.
-
-    A text-to-text backbone reads one string, `task name: value ...`; `neutral` leaves the task's
-    name out. An encoder reads the columns as one or two segments, `task` putting the name before
-    the first.
-    """
-    if kind not in TEMPLATES:
-        raise InputError(explain("template", expected=f"one of {TEMPLATES}", found=kind))
-    lead = f"{task} " if kind == "task" else ""
-    if seq2seq:
-        pieces = []
-        for number, column in enumerate(columns):
-            colon = "" if (task, column) in _NO_COLON else ":"
-            pieces.append((f"{lead if number == 0 else ''}{column}{colon} ", column))
-        return Template((tuple(pieces),))
-    if len(columns) > 2:
-        raise InputError(
-            explain("text columns of an encoder", expected="one or two", found=list(columns))
-        )
-    return Template(
-        tuple(((lead if number == 0 else "", column),) for number, column in enumerate(columns))
-    )
 
 
 @dataclass(frozen=True)
@@ -198,7 +110,7 @@ def load_sources(
     if data == DEMO_DATA and not path.exists():
         found = _demo()
     elif path.is_file():
-        found = [(path.stem, "train", _read_file(path), str(path))]
+        found = [(path.stem, "train", read_rows(path), str(path))]
     elif path.is_dir():
         found = list(_folder(path))
     else:
@@ -226,6 +138,8 @@ def load_sources(
         if not rows:
             raise InputError(f"{origin} has no rows. Remove it or fill it.")
         columns, label = _columns(task, rows[0], text_columns, label_column, origin)
+        if role.startswith("test") and all(row.get(label or "") in WITHHELD for row in rows):
+            label = None
         sources.append(Source(task, role, rows, columns, label, origin))
     return sources
 
@@ -243,7 +157,7 @@ def _folder(path: Path) -> Iterator[_Found]:
     for task, members in folders:
         # Training data first, so that its shards own the texts that splits share.
         for file in sorted(members, key=lambda file: (file.stem != "train", file.stem)):
-            yield task, file.stem, _read_file(file), str(file)
+            yield task, file.stem, read_rows(file), str(file)
 
 
 def _demo() -> list[_Found]:
@@ -262,7 +176,9 @@ def _hub(data: str, tasks: Sequence[str]) -> Iterator[_Found]:
     wanted: Sequence[str | None] = [None]
     if name == "glue":
         name = "nyu-mll/glue"
-        wanted = [task] if task else [known for known in GLUE if not tasks or known in tasks]
+        wanted = (
+            [task] if task else [known for known in GLUE_COLUMNS if not tasks or known in tasks]
+        )
     try:
         import datasets
 
@@ -278,90 +194,6 @@ def _hub(data: str, tasks: Sequence[str]) -> Iterator[_Found]:
             f"did not give the data set {name!r} ({' '.join(str(error).split())[:160]}). Point "
             "--data at a folder NAME/<task>/<split>.jsonl, or at one file with --text-column."
         ) from error
-
-
-def _read_file(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of one file. Raises InputError naming the line."""
-    if path.suffix not in SUFFIXES:
-        raise InputError(
-            explain(
-                f"{path}",
-                expected=f"a name that ends in {', '.join(SUFFIXES)}",
-                found=repr(path.name),
-            )
-        )
-    try:
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path)
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-            return rows
-        return _read_table(path, "\t" if path.suffix == ".tsv" else ",")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            explain(
-                f"{path}",
-                expected="UTF-8",
-                found=f"another encoding ({error})",
-                todo="Convert the file to UTF-8.",
-            )
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _read_table(path: Path, delimiter: str) -> list[Mapping[str, Any]]:
-    csv.field_size_limit(sys.maxsize)
-    rows: list[Mapping[str, Any]] = []
-    # Spreadsheets put a byte order mark first. Strict, because a stray quote would otherwise make
-    # one cell of many lines.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            names = [name for name in reader.fieldnames or () if name]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise InputError(f"{path}: two columns are named {twice!r}. Rename one of them.")
-            for row in reader:
-                extra = row.get(None, ())
-                if extra:
-                    raise InputError(
-                        explain(
-                            f"{path}, line {reader.line_num}",
-                            expected=f"{len(row) - 1} cells",
-                            found=len(row) - 1 + len(extra),
-                            todo=f"Put texts that hold {delimiter!r} in double quotes.",
-                        )
-                    )
-                rows.append(row)
-        except csv.Error as error:
-            raise InputError(
-                f"{path}: the row that begins in line {reader.line_num + 1} cannot be read: "
-                f"{error}. Inside a quoted text, write a quote twice; or use jsonl."
-            ) from error
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}, is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(
-                    explain(f"{path}, line {number}", expected="a JSON object", found=repr(row))
-                )
-            rows.append(row)
-    return rows
 
 
 def _columns(
@@ -385,7 +217,7 @@ def _columns(
     label = label_column or ("label" if "label" in row else None)
     if text_columns:
         return tuple(text_columns), label
-    for columns in (GLUE.get(task, ()), *sorted(_USUAL_COLUMNS, key=len, reverse=True)):
+    for columns in (GLUE_COLUMNS.get(task, ()), *sorted(_USUAL_COLUMNS, key=len, reverse=True)):
         if columns and all(column in row for column in columns):
             return columns, label
     raise InputError(
@@ -398,28 +230,6 @@ def _columns(
     )
 
 
-def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -> list[LabelTable]:
-    """The labels of every labelled split, by example id.
-
-    Args:
-        sources: splits; those of one task share the meaning of their labels.
-        templates: by split name; what ids are made from.
-    """
-    by_task: dict[str, list[Source]] = {}
-    for source in sources:
-        if source.label_column is not None:
-            by_task.setdefault(source.task, []).append(source)
-    tables = []
-    for task, members in by_task.items():
-        values = {source.name: source.labels() for source in members}
-        spec = task_spec(task, [value for column in values.values() for value in column])
-        for source in members:
-            ids = [example_id(texts) for texts in source.texts(templates[source.name])]
-            labels = [encode_label(spec, value) for value in values[source.name]]
-            tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
-    return tables
-
-
 def _numbers(values: list[Any]) -> list[Any]:
     """Text labels of a CSV file as numbers where all of them are."""
     for kind in (int, float):
@@ -428,61 +238,3 @@ def _numbers(values: list[Any]) -> list[Any]:
         except ValueError:
             continue
     return values
-
-
-def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
-    """What the labels of a task mean: fractions make it a regression, all else classes.
-
-    Raises InputError for a task with one class, or with more words than can be scored.
-    """
-    metrics = GLUE_METRICS.get(task, ())
-    texts = sorted({value for value in values if isinstance(value, str)})
-    if task == "stsb" or any(isinstance(value, float) for value in values):
-        if texts:
-            raise InputError(
-                explain(f"labels of {task}", expected="numbers only", found=f"{texts[:3]} too")
-            )
-        grades = _grades([float(value) for value in values])
-        words = tuple(dict.fromkeys(f"{value:.6g}" for value in grades))
-        if task == "stsb":
-            words = tuple(f"{grade / 5:.1f}" for grade in range(26))
-        return TaskSpec("regression", (), words, metrics or ("pearson", "spearman"))
-    classes = [*sorted({value for value in values if not isinstance(value, str)}), *texts]
-    if not texts and classes and classes[0] >= 0 and classes[-1] < MAX_WORDS:
-        # A class that no row of this data has keeps its number.
-        classes = list(range(classes[-1] + 1))
-    if len(classes) < 2:
-        raise InputError(
-            explain(f"labels of {task}", expected="two classes or more", found=classes)
-        )
-    if len(classes) > MAX_WORDS:
-        raise InputError(
-            explain(
-                f"labels of {task}",
-                expected=f"at most {MAX_WORDS} classes, or fractions for a regression",
-                found=f"{len(classes)} different values",
-                todo="Free-text targets are not classes; write numbers with a decimal point "
-                "for a regression.",
-            )
-        )
-    # 1 and "1" are one class.
-    names = tuple(dict.fromkeys(str(value) for value in classes))
-    return TaskSpec("classification", names, names, metrics or ("accuracy",))
-
-
-def _grades(values: Sequence[float]) -> list[float]:
-    """The values that a graded task's words stand for: its own, or 26 even steps."""
-    distinct = sorted(set(values))
-    if len(distinct) <= 26:
-        return distinct
-    low, high = distinct[0], distinct[-1]
-    return [low + (high - low) * step / 25 for step in range(26)]
-
-
-def encode_label(spec: TaskSpec, value: Any) -> Label:
-    """The class number, or the float, of a label. Raises InputError for any other."""
-    try:
-        return float(value) if spec.kind == "regression" else spec.classes.index(str(value))
-    except ValueError as error:
-        wanted = "a number" if spec.kind == "regression" else f"one of {list(spec.classes)}"
-        raise InputError(explain("label", expected=wanted, found=repr(value))) from error

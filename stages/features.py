@@ -2,7 +2,8 @@
 
 Rows stay packed and coded until the moment they are needed: a batch is gathered from the coded
 rows, decoded on the training device, and padded only at the door of the late route. The order of
-batches depends on (seed, epoch) and the cache alone, never on where features reside.
+batches depends on (seed, epoch), the cache and the order of the labels, never on where features
+reside.
 """
 
 from __future__ import annotations

@@ -2,248 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from sherl_pipe.cache import (
-    FeatureCache,
-    Identity,
     InputError,
-    LabelTable,
     NonFiniteError,
-    StaleCacheError,
-    TaskSpec,
 )
-from sherl_pipe.cache.errors import CorruptCacheError, explain
+from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
-from sherl_pipe.stages import metrics
+from sherl_pipe.stages import checkpoint, metrics
 from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, Route, save_adapter
-from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.extract import Progress, silent
-from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
+from sherl_pipe.stages.features import Batch, FeatureSource, Ints
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.methods import METHODS
 from sherl_pipe.stages.methods.base import RouteSpec, trainable
 from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.progress import Progress, silent
+from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings
+from sherl_pipe.stages.task import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHECKPOINT_NAME, RESULT_NAME = "checkpoint.bin", "result.json"
+RESULT_NAME = "result.json"
 CHECKPOINT_SECONDS = 60.0
-HOLD_OUT = 10  # one in so many training examples, where a task has no validation split
-PRECISIONS = ("float32", "bf16")
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """One tuning's settings; defaults follow the published runs where they fit a cache.
-
-    Attributes:
-        method: a key of `METHODS`.
-        reduction: the backbone's width over the reduced width.
-        late: frozen blocks behind the consolidation.
-        lr: peak learning rate of AdamW.
-        epochs, batch_size, seed: as usual.
-        warmup: share of the steps with a rising rate, at most 500 steps.
-        weight_decay, clip: of AdamW; largest gradient norm.
-        init: of the consolidation, `residual` or `paper`.
-        pool: of an encoder's head, `mean` or `first`.
-        precision: `float32`, or `bf16` for autocast.
-    """
-
-    method: str = "sherl"
-    reduction: int = 4
-    late: int = 1
-    lr: float = 3e-3
-    epochs: int = 10
-    batch_size: int = 32
-    seed: int = 0
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    init: str = "residual"
-    pool: str = "mean"
-    precision: str = "float32"
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a tuning gave.
-
-    Attributes:
-        metrics: in percent, on `examples` rows of the `role` split.
-        trainable, backbone: numbers of parameters.
-        seconds: of training and evaluation; `seconds_per_epoch` of training alone.
-        peak_mib: peak memory above what the process (or device) held before the features.
-    """
-
-    task: str
-    method: str
-    seed: int
-    lr: float
-    metrics: dict[str, float]
-    score: float
-    role: str
-    examples: int
-    trainable: int
-    backbone: int
-    seconds: float
-    seconds_per_epoch: float
-    peak_mib: float
-    folder: str
-
-
-def check_backbone(identity: Identity, backbone: Backbone) -> None:
-    """Raise StaleCacheError unless the cache was made by this backbone."""
-    for field, found in (("fingerprint", backbone.fingerprint), ("config", backbone.config_hash)):
-        if identity.backbone[field] != found:
-            raise StaleCacheError(
-                explain(
-                    f"backbone {field}",
-                    expected=f"{identity.backbone[field]} (of {identity.backbone['name']})",
-                    found=f"{found} ({backbone.name})",
-                    todo="Give --model the backbone that the cache was extracted with.",
-                )
-            )
-
-
-class Task:
-    """A task of a cache, ready to be read: its splits, targets and meaning.
-
-    Args:
-        cache: the open cache.
-        name: of the task.
-        backbone: for the family and the start token.
-        tokenizer: splits label words; needed for text-to-text backbones only.
-    """
-
-    def __init__(self, cache: FeatureCache, name: str, backbone: Backbone, tokenizer: Any) -> None:
-        if name not in cache.tasks:
-            raise InputError(
-                explain(
-                    "task",
-                    expected=f"one of {sorted(cache.tasks)}",
-                    found=repr(name),
-                    todo="Attach labels with `sherl-pipe label`.",
-                )
-            )
-        self.cache, self.name, self.backbone = cache, name, backbone
-        self.train, self.held_out = _roles(cache.tasks[name])
-        self.spec: TaskSpec = self.train.spec
-        if self.held_out.spec != self.spec:
-            raise InputError(
-                explain(
-                    f"labels of {name}/{self.held_out.role}",
-                    expected=self.spec.to_json(),
-                    found=self.held_out.spec.to_json(),
-                    todo="Attach both splits' labels in one `sherl-pipe label` command.",
-                )
-            )
-        self.tree: PrefixTree | None = None
-        if backbone.family.seq2seq:
-            start = int(backbone.config.decoder_start_token_id)
-            self.tree = PrefixTree.of_words(self.spec.words, tokenizer, start)
-        numbers = np.array(self.train.labels, np.float64)
-        spread = float(numbers.std()) if self.spec.kind == "regression" else 1.0
-        mean = float(numbers.mean()) if self.spec.kind == "regression" else 0.0
-        self.scaling = (mean, spread or 1.0)
-
-    @property
-    def outputs(self) -> int:
-        """Units of a pooled head; 0 where words are scored."""
-        if self.tree is not None:
-            return 0
-        return 1 if self.spec.kind == "regression" else len(self.spec.classes)
-
-    def words_of(self, labels: Sequence[float]) -> Ints:
-        """The word that stands for every label."""
-        if self.spec.kind == "classification":
-            return np.array(labels, np.int64)
-        grades = np.array([float(word) for word in self.spec.words])
-        nearest: Ints = np.abs(np.array(labels)[:, None] - grades).argmin(axis=1)
-        return nearest
-
-    def source(
-        self, table: LabelTable, reads: Mapping[str, tuple[int, ...]], *, budget: int, train: bool
-    ) -> FeatureSource:
-        """Features of a table's rows: in training the label's own path, else every word's."""
-        readings = {}
-        for role, taps in reads.items():
-            stream = self.tree.stream if self.tree and role == "decoder" else role
-            paths = self.tree.paths if self.tree and role == "decoder" and train else None
-            readings[role] = Reading(stream, taps, paths)
-        return FeatureSource(
-            self.cache,
-            table,
-            readings,
-            budget=budget,
-            device=self.backbone.device,
-            choices=self.words_of(table.labels) if self.tree else None,
-        )
-
-    def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:
-        """Classes or numbers from head outputs or word scores `[N, outputs]`.
-
-        A graded task on words gives the mean of the grades, weighted by the words' probability.
-        """
-        return predictions(self.spec, outputs, self.scaling)
-
-
-def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -> npt.NDArray[Any]:
-    """Classes `int64 [N]`, or numbers `float64 [N]`, from outputs `[N, C]`."""
-    if spec.kind == "classification":
-        return outputs.argmax(-1).cpu().numpy()
-    if outputs.shape[-1] == 1:
-        return outputs[:, 0].double().cpu().numpy() * scaling[1] + scaling[0]
-    grades = torch.tensor([float(word) for word in spec.words], dtype=torch.float64)
-    return (outputs.double().cpu().softmax(-1) @ grades).numpy()
-
-
-def _roles(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
-    """Training and evaluation rows. Without a validation split, one training text in ten is held
-    out, chosen by its id."""
-    if "train" not in tables:
-        raise InputError(
-            explain(
-                "labels",
-                expected="a split named train",
-                found=f"{sorted(tables)}",
-                todo="Name the training file train.*, or attach labels with --role train.",
-            )
-        )
-    train = tables["train"]
-    others = [role for role in sorted(tables) if role.startswith("validation")]
-    if others:
-        return train, tables[others[0]]
-    order = [int.from_bytes(identity[:4], "big") for identity in train.ids]
-    # The least number too, so that a small file has something held out.
-    held = [number % HOLD_OUT == 0 or number == min(order) for number in order]
-
-    def part(wanted: bool, role: str) -> LabelTable:
-        rows = [row for row, out in enumerate(held) if out == wanted]
-        if not rows:
-            raise InputError(
-                f"task {train.task} has {len(held)} rows, too few to hold some out for "
-                "evaluation. Add a validation split."
-            )
-        ids = tuple(train.ids[row] for row in rows)
-        labels = tuple(train.labels[row] for row in rows)
-        return replace(train, role=role, ids=ids, labels=labels)
-
-    return part(False, "train"), part(True, "held-out")
 
 
 class Tuner:
@@ -415,7 +203,7 @@ class Tuner:
             ]
         )
         total = int(ends[-1])
-        step, seconds = self._resume(optimizer)
+        step, seconds = checkpoint.resume(self.folder, self.key, self.parameters, optimizer)
         saved = begun = time.perf_counter()
         while step < total:
             epoch = int(np.searchsorted(ends, step, "right"))
@@ -429,7 +217,14 @@ class Tuner:
                 progress(what, step, total, "steps")
                 if time.perf_counter() - saved > CHECKPOINT_SECONDS and step < total:
                     now = time.perf_counter()
-                    self._checkpoint(optimizer, step, seconds + now - begun)
+                    checkpoint.save(
+                        self.folder,
+                        self.key,
+                        self.parameters,
+                        optimizer,
+                        step,
+                        seconds + now - begun,
+                    )
                     saved = now
         return seconds + time.perf_counter() - begun
 
@@ -447,46 +242,6 @@ class Tuner:
                 "--precision float32."
             )
         optimizer.step()
-
-    def _checkpoint(self, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-        """Everything a resumed run needs to end with the same weights, in one atomic file."""
-        tensors = {"rng": torch.get_rng_state()}
-        for name, parameter in self.parameters.items():
-            state = optimizer.state[parameter]
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors[f"first.{name}"] = state["exp_avg"]
-            tensors[f"second.{name}"] = state["exp_avg_sq"]
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        notes = {"key": self.key, "step": str(step), "seconds": str(seconds)}
-        data = save_tensors(tensors, metadata=notes)
-        digest = hashlib.sha256(data).digest()
-        LocalStore(self.folder).replace(CHECKPOINT_NAME, digest + data)
-
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Step and seconds of a checkpoint of this tuning, its state restored; else zeros."""
-        path = self.folder / CHECKPOINT_NAME
-        if not path.is_file():
-            return 0, 0.0
-        raw = path.read_bytes()
-        digest, data = raw[:32], raw[32:]
-        if hashlib.sha256(data).digest() != digest:
-            raise CorruptCacheError(f"{path} is damaged. Delete it to train from the start.")
-        header = int.from_bytes(data[:8], "little")
-        notes = json.loads(data[8 : 8 + header])["__metadata__"]
-        if notes["key"] != self.key:
-            return 0, 0.0  # of another tuning; it will be replaced
-        tensors = load_tensors(data)
-        step = int(notes["step"])
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight.{name}"])
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"first.{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"second.{name}"].to(parameter.device),
-                }
-        torch.set_rng_state(tensors["rng"])
-        return step, float(notes["seconds"])
 
     def _save(self, result: TuneResult) -> None:
         identity = self.task.cache.identity
@@ -509,7 +264,7 @@ class Tuner:
         store = LocalStore(self.folder)
         body = {"key": self.key, "result": asdict(result), "settings": asdict(self.settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
-        store.delete(CHECKPOINT_NAME)
+        store.delete(checkpoint.NAME)
 
 
 def schedule(step: int, total: int, warmup: float) -> float:

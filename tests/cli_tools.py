@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sherl_pipe.pipeline import cli
+from sherl_pipe.pipeline import entry
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def sherl(*argv: object) -> Answer:
         redirect_stdout(out),
         redirect_stderr(err),
     ):
-        code = cli._run()
+        code = entry.run()
     return Answer(code, out.getvalue(), err.getvalue())
 
 

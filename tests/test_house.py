@@ -79,11 +79,11 @@ def test_nobody_imports_the_workers_before_they_are_asked_for() -> None:
 HELP = """
 import json, sys
 before = set(sys.modules)
-from sherl_pipe.pipeline import cli
+from sherl_pipe.pipeline import cli, entry
 codes = []
 for command in ([], *([name] for name in cli.cli.commands)):
     sys.argv = ["sherl-pipe", *command, "--help"]
-    codes.append(cli._run())
+    codes.append(entry.run())
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(json.dumps([codes, sorted(new - set(sys.stdlib_module_names))]), file=sys.stderr)
 """

@@ -14,9 +14,8 @@ import pytest
 from cli_tools import done, refused, sherl, snapshot, write_rows
 from model_tools import labels_of, save_model, sentences, write_data
 from sherl_pipe.cache import FeatureCache
-from sherl_pipe.pipeline import cli
-from sherl_pipe.stages.backbone import load_tokenizer
-from sherl_pipe.stages.extract import tokenize
+from sherl_pipe.pipeline import cli, entry
+from sherl_pipe.stages.tokens import load_tokenizer, tokenize
 
 TUNE = ("--epochs", 1, "--reduction", 1)
 
@@ -57,6 +56,13 @@ def test_from_texts_to_predictions(tmp_path: Path, models: dict[str, str], famil
     assert sum(places.values()) > 0
     table = done("inspect", "--cache", cache).out
     assert all(split in table for split in opened.splits) and "int8" in table
+    ids = done("inspect", "--cache", cache, "--ids", "colour/train").out.split()
+    assert [opened.places[bytes.fromhex(each)] for each in ids] == [
+        ("colour/train", position) for position in range(len(ids))
+    ]
+    assert done("inspect", "--cache", cache, "--ids", "colour/train", "--json").json == ids
+    refused(3, "split of", "colour/train", "found 'mood'",
+            argv=("inspect", "--cache", cache, "--ids", "mood"))  # fmt: skip
 
     assert "are whole" in done("verify", "--cache", cache).out
     tasks = ("--task", "colour", "--task", "size", "--seed", 0, "--seed", 3)
@@ -258,7 +264,7 @@ def test_interruptions_and_surprises_are_one_line(monkeypatch: pytest.MonkeyPatc
 
     fail(KeyboardInterrupt())
     refused(130, "interrupted; run the same command again to go on", argv=("tune",))
-    fail(cli._Terminated())
+    fail(entry.Terminated())
     refused(143, "terminated; run the same command again to go on", argv=("tune",))
     fail(ZeroDivisionError("two\nlines"))
     refused(1, "unexpected ZeroDivisionError: two lines. Run with --debug", argv=("tune",))

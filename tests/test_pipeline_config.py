@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ from sherl_pipe.pipeline.config import (
     make_config,
     read_config,
 )
-from sherl_pipe.pipeline.steps import check_folder, parse_bytes, pick_device, tuning_name, tunings
+from sherl_pipe.pipeline.steps import check_folder, parse_bytes, pick_device, tunings
+from sherl_pipe.stages.settings import TuneSettings
 
 
 def read(tmp_path: Path, text: str) -> RunConfig:
@@ -203,7 +205,17 @@ def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
     assert [(each.lr, each.seed) for each in settings] == [
         (lr, seed) for lr in (0.1, 0.2) for seed in (0, 1, 2)
     ]
-    assert len({tuning_name(each) for each in settings}) == 6
+    assert len({each.name for each in settings}) == 6
+
+
+def test_any_other_setting_is_another_folder() -> None:
+    usual = TuneSettings()
+    others = [
+        replace(usual, **{field.name: "else" if isinstance(field.default, str) else 7})
+        for field in fields(usual)
+    ]
+    assert len({usual.name, *(each.name for each in others)}) == 1 + len(others)
+    assert usual.name == "sherl-r4-late1-residual-lr0.003-e10-b32-seed0"
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,34 @@ def test_new_words_are_computed_without_the_encoder(
     ] == sorted(words)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_words_attached_later_have_the_states_of_words_extracted_at_once(
+    tmp_path: Path, dtype: str
+) -> None:
+    data, words = tmp_path / "data", ("good", "bad")
+    for task in ("colour", "mood"):
+        for role, texts in (("train", TRAIN), ("validation", VALIDATION)):
+            rows = [
+                {"sentence": text, "label": words[len(text) % 2] if task == "mood" else number % 2}
+                for number, text in enumerate(texts)
+            ]
+            write_rows(data / task / f"{role}.jsonl", rows)
+    model = save_model(tmp_path / "model", "t5")
+    extract = ("extract", "--model", model, "--data", data, "--template", "neutral",
+               "--dtype", dtype, "--cache")  # fmt: skip
+    done(*extract, tmp_path / "at_once")
+    done(*extract, tmp_path / "later", "--task", "colour")
+    files = [item for role in ("train", "validation")
+             for item in ("--file", data / "mood" / f"{role}.jsonl")]  # fmt: skip
+    done("label", "--cache", tmp_path / "later", "--task", "mood", *files)
+    at_once, later = (
+        {item for item in FeatureCache.open(tmp_path / each).content() if "colour/" in item[0]}
+        for each in ("at_once", "later")
+    )
+    assert at_once == later
+    assert len({key.split("/")[2] for key, _ in later if "/decoder-" in key}) == 2
+
+
 @pytest.mark.parametrize("cache", ["t5"], indirect=True)
 def test_words_of_one_task_do_not_stop_another(cache: Path) -> None:
     same = [{"sentence": text, "label": ["zebra", "zebu"][len(text) % 2]} for text in TRAIN]

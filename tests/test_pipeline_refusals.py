@@ -15,10 +15,10 @@ from model_tools import save_model, write_data
 
 OFFLINE = """
 import sys
-from sherl_pipe.pipeline import cli
+from sherl_pipe.pipeline import entry
 for line in sys.argv[1:]:
     sys.argv = ["sherl-pipe", *line.split()]
-    print(cli._run(), flush=True)
+    print(entry.run(), flush=True)
 """
 
 

@@ -15,10 +15,13 @@ from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
-from sherl_pipe.stages.data import Template, load_sources
-from sherl_pipe.stages.extract import tokenize
+from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.methods.base import trainable
-from sherl_pipe.stages.tune import Task, Tuner, TuneSettings
+from sherl_pipe.stages.settings import TuneSettings
+from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.templates import Template
+from sherl_pipe.stages.tokens import tokenize
+from sherl_pipe.stages.tune import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -19,15 +19,9 @@ from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import run_extract
-from sherl_pipe.stages.data import (
-    GLUE,
-    Template,
-    encode_label,
-    label_tables,
-    load_sources,
-    make_template,
-    task_spec,
-)
+from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.targets import encode_label, label_tables, task_spec
+from sherl_pipe.stages.templates import GLUE_COLUMNS, Template, make_template
 
 # SPEC section 8, written out.
 PUBLISHED = {
@@ -45,7 +39,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_templates(tmp_path: Path, task: str) -> None:
-    row = dict(zip(GLUE[task], "AB", strict=False)) | {"label": 1, "idx": 7}
+    row = dict(zip(GLUE_COLUMNS[task], "AB", strict=False)) | {"label": 1, "idx": 7}
     (source,) = load_sources(str(write_rows(tmp_path / f"{task}.jsonl", [row])))
     text = PUBLISHED[task]
     assert source.texts(make_template("task", task, source.columns, seq2seq=True)) == [(text,)]
@@ -61,7 +55,7 @@ def test_published_templates(tmp_path: Path, task: str) -> None:
 
 
 def test_all_glue_tasks_are_covered() -> None:
-    assert set(PUBLISHED) == set(GLUE)
+    assert set(PUBLISHED) == set(GLUE_COLUMNS)
 
 
 def test_templates_round_trip_and_read_other_columns() -> None:
@@ -167,6 +161,18 @@ def test_a_folder_is_tasks_of_splits(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="expected files <task>/<split>.*found none"):
         load_sources(str(tmp_path / "empty"))
+
+
+def test_withheld_labels_are_no_class(tmp_path: Path) -> None:
+    """GLUE's test files say -1 where the label is not public."""
+    for role, labels in (("train", (0, 1, 0)), ("test", (-1, -1, -1))):
+        rows = [{"sentence": f"{role} {n}", "label": label} for n, label in enumerate(labels)]
+        write_rows(tmp_path / "cola" / f"{role}.jsonl", rows)
+    sources = load_sources(str(tmp_path))
+    assert [source.label_column for source in sources] == ["label", None]
+    template = Template(((("", "sentence"),),))
+    (table,) = label_tables(sources, {source.name: template for source in sources})
+    assert (table.role, table.spec.classes) == ("train", ("0", "1"))
 
 
 @pytest.mark.parametrize(

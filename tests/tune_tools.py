@@ -19,7 +19,9 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.features import WINDOW
 from sherl_pipe.stages.methods import Consolidation
-from sherl_pipe.stages.tune import Task, Tuner, TuneResult, TuneSettings
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
+from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.tune import Tuner
 
 QUIET = Bars(None)
 MUCH = 1 << 40

@@ -1,10 +1,10 @@
-"""The two objectives of the demo's pre-training, on lists of token ids.
+"""What the demo's pre-training does to a line of text, on lists of token ids.
 
 Span corruption is T5's: spans of the input give way to sentinels, the target lists what stood
-there.  Repair is an addition: one or two words are dropped, doubled, exchanged or replaced by a
-look-alike, and the target is the sentence as it was; some sentences stay as they are.  It makes
-the encoder notice faults of grammar, which hardly any span corruption does in so small a model.
-Its noise is blind to grammar: it draws on ids and spellings, not on the violations of the tasks.
+there.  Two additions make the encoder itself do the work, which in so small a model the decoder
+would do otherwise.  Fault spotting drops, doubles, exchanges or replaces a word and marks the
+place; its faults are blind to grammar, drawn on ids and spellings, not from the violations of the
+tasks.  Foresight cuts a line at a mark, so that the rest can be guessed from what went before.
 """
 
 import random
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 CORRUPTED_SHARE = 0.15
 MEAN_SPAN = 3
-_UNTOUCHED_SHARE = 0.35
+_UNTOUCHED_SHARE = 0.5
+_SHORTEST_START = 6
 _COMMON_LETTERS = 3
 _LOOK_ALIKES = (
     ("was", "were"),
@@ -77,26 +78,44 @@ def look_alikes(words: Sequence[tuple[str, int]]) -> dict[int, tuple[int, ...]]:
     return {word: tuple(others) for word, others in table.items()}
 
 
-def repair(ids: Sequence[int], alike: dict[int, tuple[int, ...]], rng: random.Random) -> Pair:
-    """A damaged copy of the sentence, and the sentence."""
-    damaged = list(ids)
-    if rng.random() >= _UNTOUCHED_SHARE:
-        for _ in range(1 + (rng.random() < 0.2)):
-            _damage(damaged, alike, rng)
-    return damaged, list(ids)
+def faulty(ids: Sequence[int], alike: dict[int, tuple[int, ...]], rng: random.Random) -> Pair:
+    """The sentence, half of the time with a fault, and a 1 at the fault for each token.
+
+    The marks are one longer than the sentence, for the closing end-of-sequence id: a word that
+    is missing is marked on what follows it.
+    """
+    words, marks = list(ids), [0] * (len(ids) + 1)
+    if len(words) > 1 and rng.random() >= _UNTOUCHED_SHARE:
+        _damage(words, marks, alike, rng)
+    return words, marks
 
 
-def _damage(ids: list[int], alike: dict[int, tuple[int, ...]], rng: random.Random) -> None:
+def _damage(
+    ids: list[int], marks: list[int], alike: dict[int, tuple[int, ...]], rng: random.Random
+) -> None:
     """One fault at a random place; look-alikes come most often, for they are the hard ones."""
     place, kind = rng.randrange(len(ids) - 1), rng.random()
     if kind < 0.4:
         candidates = [index for index, item in enumerate(ids) if item in alike]
         if candidates:
             place = rng.choice(candidates)
-            ids[place] = rng.choice(alike[ids[place]])
+            ids[place], marks[place] = rng.choice(alike[ids[place]]), 1
     elif kind < 0.6:
-        ids[place], ids[place + 1] = ids[place + 1], ids[place]
+        if ids[place] != ids[place + 1]:
+            ids[place], ids[place + 1] = ids[place + 1], ids[place]
+            marks[place] = marks[place + 1] = 1
     elif kind < 0.8:
         ids.insert(place, ids[place])
+        marks.insert(place + 1, 1)
     elif len(ids) > 2:
-        del ids[place]
+        del ids[place], marks[place]
+        marks[place] = 1
+
+
+def cuts(ids: Sequence[int], marks: frozenset[int], digits: frozenset[int]) -> list[int]:
+    """Where the line may be cut: after a mark inside it that is no decimal point."""
+    return [
+        place + 1
+        for place in range(_SHORTEST_START - 1, len(ids) - 1)
+        if ids[place] in marks and ids[place + 1] not in digits
+    ]

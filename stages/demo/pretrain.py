@@ -9,22 +9,19 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from sherl_pipe.stages.demo.grammar import pretraining_text
-from sherl_pipe.stages.demo.lexicon import TASKS
-from sherl_pipe.stages.demo.noise import Pair, look_alikes, repair, span_corruption
+from sherl_pipe.stages.demo.objectives import Losses, Objectives
 from sherl_pipe.stages.demo.probe import probe
-from sherl_pipe.stages.demo.vocabulary import SENTINELS, build_tokenizer, whole_words
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from sherl_pipe.stages.demo.vocabulary import build_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 SEED = 20240
-_IGNORED = -100
+_REPORT = 200
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,10 @@ class Settings:
     """What the published weights were made with."""
 
     sentences: int = 60_000
-    steps: int = 5_000
+    steps: int = 2_400
     batch: int = 64
-    rate: float = 2e-3
-    warm_up: int = 300
-    repair_share: float = 0.4
+    rate: float = 0.03
+    warm_up: int = 100
     prefix_share: float = 0.5
     seed: int = SEED
     sizes: dict[str, int] = field(
@@ -51,59 +47,6 @@ class Settings:
     )
 
 
-class Batches:
-    """Endless batches of noisy sentences, of similar length each."""
-
-    _POOL = 16
-
-    def __init__(
-        self, settings: Settings, tokenizer: PreTrainedTokenizerFast, lines: list[str]
-    ) -> None:
-        self.settings = settings
-        self.rng = random.Random(settings.seed)
-        self.sentences: list[list[int]] = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        self.prefixes: list[list[int]] = tokenizer(
-            [f"{task} sentence:" for task in TASKS], add_special_tokens=False
-        )["input_ids"]
-        ids: Any = tokenizer.convert_tokens_to_ids(list(SENTINELS))
-        self.sentinels: list[int] = ids
-        self.alike = look_alikes(whole_words(tokenizer))
-        self.pad, self.end = tokenizer.pad_token_id, tokenizer.eos_token_id
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        size = self.settings.batch
-        while True:
-            pool = [self.pair(self.rng.choice(self.sentences)) for _ in range(size * self._POOL)]
-            pool.sort(key=lambda pair: (len(pair[0]) + 2 * len(pair[1]), pair))
-            chunks = [pool[start : start + size] for start in range(0, len(pool), size)]
-            self.rng.shuffle(chunks)
-            yield from map(self.collate, chunks)
-
-    def pair(self, ids: list[int]) -> Pair:
-        """One sentence under one of the two objectives, with or without a task's prefix."""
-        if self.rng.random() < self.settings.repair_share:
-            source, target = repair(ids, self.alike, self.rng)
-        else:
-            source, target = span_corruption(ids, self.sentinels, self.rng)
-        if self.rng.random() < self.settings.prefix_share:
-            source = self.rng.choice(self.prefixes) + source
-        return [*source, self.end], [*target, self.end]
-
-    def collate(self, pairs: list[Pair]) -> dict[str, Tensor]:
-        """Tensors for the model's forward pass."""
-        sources = _padded([source for source, _ in pairs], self.pad)
-        return {
-            "input_ids": sources,
-            "attention_mask": (sources != self.pad).long(),
-            "labels": _padded([target for _, target in pairs], _IGNORED),
-        }
-
-
-def _padded(rows: list[list[int]], filler: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
-
-
 def rate_factor(step: int, warm_up: int, steps: int) -> float:
     """Linear warm-up, then a half cosine down to nothing."""
     if step < warm_up:
@@ -111,8 +54,8 @@ def rate_factor(step: int, warm_up: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def pretrain(folder: Path, settings: Settings) -> float:
-    """Train tokenizer and model, save both to ``folder`` and return the last mean loss."""
+def pretrain(folder: Path, settings: Settings) -> None:
+    """Train tokenizer and model and save both to ``folder``."""
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     lines = pretraining_text(settings.sentences, settings.seed)
@@ -120,35 +63,42 @@ def pretrain(folder: Path, settings: Settings) -> float:
     shape: dict[str, Any] = {**settings.sizes, "decoder_start_token_id": 0}
     config = T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape)
     model = T5ForConditionalGeneration(config)
-    loss = _train(model, Batches(settings, tokenizer, lines), settings)
+    rng = random.Random(settings.seed)
+    _train(
+        Objectives(model, tokenizer, lines, settings.batch, settings.prefix_share, rng), settings
+    )
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return loss
 
 
-def _train(model: T5ForConditionalGeneration, batches: Batches, settings: Settings) -> float:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.01)
+def _train(objectives: Objectives, settings: Settings) -> None:
+    # Adafactor scales its steps by the size of each matrix, which T5's unlike scales need.
+    optimizer = torch.optim.Adafactor(objectives.parameters(), lr=settings.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, settings.warm_up, settings.steps)
     )
-    model.train()
-    started, recent = time.monotonic(), []
-    mean = math.nan
-    for step, batch in zip(range(1, settings.steps + 1), batches, strict=False):
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    objectives.train()
+    started = time.monotonic()
+    recent: list[Losses] = []
+    for step in range(1, settings.steps + 1):
+        losses: Losses = objectives()
+        (losses.spans + losses.foresight + losses.faults).backward()
+        torch.nn.utils.clip_grad_norm_(objectives.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        recent.append(loss.item())
-        if step % 200 == 0 or step == settings.steps:
-            mean = sum(recent) / len(recent)
+        recent.append(Losses(*(each.detach() for each in vars(losses).values())))
+        if step % _REPORT == 0 or step == settings.steps:
+            _report(step, recent, time.monotonic() - started)
             recent.clear()
-            sys.stderr.write(
-                f"step {step:5d}  loss {mean:.3f}  {time.monotonic() - started:.0f} s\n"
-            )
-    return mean
+
+
+def _report(step: int, recent: list[Losses], seconds: float) -> None:
+    means = "  ".join(
+        f"{name} {sum(float(getattr(each, name)) for each in recent) / len(recent):.3f}"
+        for name in vars(recent[0])
+    )
+    sys.stderr.write(f"step {step:5d}  {means}  {seconds:.0f} s\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -228,7 +228,7 @@ class Sherl:
             if not needed <= set(held) or len(wanted) < 2:
                 raise InputError(
                     explain(
-                        f"taps of the {stream}",
+                        f"taps of the {stream} stream",
                         expected=f"{sorted(needed)} for --late {late}",
                         found=f"{list(held)} in the cache",
                         todo="Extract to another --cache with --taps all.",

@@ -1,0 +1,73 @@
+"""The console script: a command, one message for an error, the documented exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+from sherl_pipe.pipeline.cli import DEBUG, cli
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _on_sigterm(_: int, __: Any) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """Entry point: runs a command, turns errors into one message and the documented exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.exit(run())
+
+
+def run() -> int:
+    """The exit code of the command in `sys.argv`, its error said."""
+    try:
+        code = cli.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Abort:
+        return _say_error("interrupted; run the same command again to go on", 130)
+    except click.ClickException as error:
+        return _say_usage(error)
+    except KeyboardInterrupt:
+        return _say_error("interrupted; run the same command again to go on", 130)
+    except Terminated:
+        return _say_error("terminated; run the same command again to go on", 143)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: no bare traceback
+        if os.environ.get(DEBUG):
+            raise
+        # Here and not above: the package takes longer to import than `--help` may take.
+        from sherl_pipe.cache.errors import SherlPipeError
+
+        if isinstance(error, SherlPipeError):
+            return _say_error(_message(error), error.exit_code)
+        text = " ".join(str(error).split())
+        kind = type(error).__name__
+        return _say_error(f"unexpected {kind}: {text}. Run with --debug for the traceback", 1)
+
+
+def _say_usage(error: click.ClickException) -> int:
+    """One line, as for all errors; `sherl-pipe` alone shows its help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "sherl-pipe"
+    text = " ".join(error.format_message().split())
+    end = "" if text.endswith((".", "?")) else "."
+    return _say_error(f"{text}{end} See `{command} --help`.", error.exit_code)
+
+
+def _message(error: Exception) -> str:
+    # OSError's own text begins with "[Errno 28]"; the message is its second argument.
+    return str(error.args[-1]) if isinstance(error, OSError) and error.args else str(error)
+
+
+def _say_error(text: str, code: int) -> int:
+    click.echo(f"error: {text}", err=True)
+    return code

@@ -1,0 +1,102 @@
+"""The options of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def stack(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Several click options as one decorator."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(list(options)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+CACHE = click.option("--cache", type=FOLDER, required=True, help="Folder of the cache.")
+DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+MOVED = click.option("--model", help="Where the backbone is, if it has moved.")
+JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+TEXT_COLUMNS = click.option(
+    "--text-column", "text_columns", multiple=True, help="Column with the text; twice for pairs."
+)
+LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
+
+EXTRACT = [
+    click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
+    click.option("--revision", help="Commit or tag on the hub."),
+    click.option(
+        "--data",
+        "source",
+        help="glue, glue/<task>, another hub id, a folder NAME/<task>/<split>.jsonl|csv|tsv|"
+        "parquet, one such file, or demo.  [default: glue; demo for --model demo]",
+    ),
+    click.option(
+        "--cache",
+        type=FOLDER,
+        help="Folder to write.  [default: ./cache/<name of the data>]",
+    ),
+    click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
+    TEXT_COLUMNS,
+    LABEL_COLUMN,
+    click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
+    click.option("--codec", type=click.Choice(["float32", "bfloat16", "int8"]), default="int8"),
+    click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
+    click.option(
+        "--template",
+        type=click.Choice(["task", "neutral"]),
+        help="Whether inputs carry the task's name; neutral lets one text serve many tasks.  "
+        "[default: task for text-to-text models, neutral for encoders]",
+    ),
+    click.option("--max-length", type=click.IntRange(1), default=128, help="Tokens."),
+    click.option(
+        "--batch-tokens", type=click.IntRange(1), default=4096, help="Padded tokens a batch."
+    ),
+    click.option("--shard-mib", type=click.IntRange(1), default=32, help="Size of a shard."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        help="What the backbone runs in.",
+    ),
+    DEVICE,
+]
+
+TUNE = [
+    CACHE,
+    MOVED,
+    click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
+    click.option("--method", default="sherl"),
+    click.option("--reduction", type=click.IntRange(1), help="Width over reduced width."),
+    click.option("--late", type=click.IntRange(1), default=1, help="Late blocks."),
+    click.option("--lr", type=float, multiple=True, help="Peak learning rate (repeatable)."),
+    click.option("--epochs", type=click.IntRange(1), default=10),
+    click.option("--batch-size", type=click.IntRange(1), default=32),
+    click.option("--seed", type=click.IntRange(0), multiple=True, help="Repeatable.  [default: 0]"),
+    click.option("--warmup", type=float, default=0.1, help="Share of the steps."),
+    click.option("--weight-decay", type=float, default=0.0),
+    click.option("--clip", type=float, default=1.0, help="Largest gradient norm."),
+    click.option("--init", type=click.Choice(["residual", "paper"]), default="residual"),
+    click.option(
+        "--pool",
+        type=click.Choice(["mean", "first"]),
+        default="mean",
+        help="Of an encoder's head.",
+    ),
+    click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
+    click.option(
+        "--memory-budget",
+        help="Host memory for features, such as 4GB.  [default: half of what is free]",
+    ),
+    click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
+    DEVICE,
+    JSON,
+]

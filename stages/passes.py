@@ -1,0 +1,159 @@
+"""Forward passes over shards, and the buffer that their states are coded into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sherl_pipe.cache import Codec, NonFiniteError, Stream, StreamSpec
+from sherl_pipe.cache.layout import Layout
+from sherl_pipe.stages import quantize
+from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.surgery import TapRecorder, cut_after
+from sherl_pipe.stages.tokens import Tokens
+from sherl_pipe.stages.words import PrefixTree
+from torch import Tensor
+
+
+class ShardBuffer:
+    """The coded rows of one shard, copied from the device as they come."""
+
+    def __init__(self, codec: Codec, spec: StreamSpec, rows: int, device: torch.device) -> None:
+        self._codec, self._spec, self._device = codec, spec, device
+        pin = device.type == "cuda"
+        taps, groups = len(spec.taps), codec.scale_groups(spec.width)
+        self._codes = torch.empty(
+            taps, rows, codec.code_bytes(spec.width), dtype=torch.uint8, pin_memory=pin
+        )
+        self._scales = torch.empty(taps, rows, groups, dtype=torch.float16, pin_memory=pin)
+        self._bad = torch.zeros(taps, rows, dtype=torch.bool, device=device)
+        self._filled = 0
+
+    def add(self, states: Tensor) -> None:
+        """Encode `[K, n, d]` on its device and copy it here without waiting."""
+        rows = slice(self._filled, self._filled + states.shape[1])
+        self._filled = rows.stop
+        self._bad[:, rows] = quantize.overflowed(self._codec, states)
+        codes, scales = quantize.encode(self._codec, states)
+        self._codes[:, rows].copy_(codes, non_blocking=True)
+        if scales is not None:
+            self._scales[:, rows].copy_(scales, non_blocking=True)
+
+    def check(self, what: str, shard: int, layout: Layout, ids: Sequence[bytes]) -> None:
+        """Raise NonFiniteError naming tap and examples; wait for the copies."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._filled != self._codes.shape[1]:
+            raise RuntimeError(f"{what}: {self._filled} rows of {self._codes.shape[1]}")
+        bad = self._bad.cpu().numpy()
+        if not bad.any():
+            return
+        taps = [self._spec.taps[place] for place in np.flatnonzero(bad.any(axis=1))]
+        rows = np.flatnonzero(bad.any(axis=0))
+        members = layout.members(shard)
+        starts = layout.index[members, 1]
+        wrong = sorted({int(members[np.searchsorted(starts, row, "right") - 1]) for row in rows})
+        names = ", ".join(ids[example].hex() for example in wrong[:8])
+        raise NonFiniteError(
+            f"{what}, shard {shard}: values that are not finite (or that {self._codec.name} cannot "
+            f"hold) at tap {', '.join(map(str, taps))} of {len(wrong)} examples: {names}. The "
+            "shard was not committed. Use --dtype float32 or bfloat16, or remove these examples."
+        )
+
+    def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16] | None]:
+        """Codes and scales as numpy arrays."""
+        scales = self._scales.numpy() if self._scales.shape[-1] else None
+        return self._codes.numpy(), scales
+
+
+def token_batches(
+    members: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], budget: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut members, ascending in length, into batches of at most `budget` padded tokens."""
+    start = 0
+    for end in range(1, len(members) + 1):
+        longest = lengths[members[end]] if end < len(members) else 0
+        if end == len(members) or longest * (end + 1 - start) > budget:
+            yield members[start:end]
+            start = end
+
+
+class MainPass:
+    """The backbone up to its last tap, over the tokens of a split."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        stream: str,
+        spec: StreamSpec,
+        tokens: Tokens,
+        pad_id: int,
+        batch_tokens: int,
+    ) -> None:
+        model: Any = cut_after(backbone, stream, spec.taps[-1])
+        self._recorder = TapRecorder(blocks_of(model, backbone.family, stream), spec.taps)
+        self._model = model.encoder if backbone.family.seq2seq else model
+        self._device, self._spec, self._tokens = backbone.device, spec, tokens
+        self._pad_id, self._batch_tokens = pad_id, batch_tokens
+
+    @torch.inference_mode()
+    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
+        members = layout.members(shard)
+        for batch in token_batches(members, self._tokens.lengths, self._batch_tokens):
+            inputs = self._tokens.batch(batch.tolist(), self._pad_id)
+            inputs = {name: values.to(self._device) for name, values in inputs.items()}
+            self._model(**inputs)
+            mask = inputs["attention_mask"].bool()
+            yield torch.stack([self._recorder.states[tap][mask] for tap in self._spec.taps])
+
+
+class WordsPass:
+    """The decoder over all label-word prefixes, fed by the cached encoder."""
+
+    def __init__(
+        self, backbone: Backbone, spec: StreamSpec, encoder: Stream, tree: PrefixTree, batch: int
+    ) -> None:
+        model: Any = cut_after(backbone, "decoder", spec.taps[-1])
+        self._recorder = TapRecorder(blocks_of(model, backbone.family, "decoder"), spec.taps)
+        self._decoder = model.decoder
+        self._norm = model.encoder.final_layer_norm
+        self._encoder, self._tree, self._spec = encoder, tree, spec
+        self._device, self._dtype, self._batch = backbone.device, backbone.dtype, batch
+
+    @torch.inference_mode()
+    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
+        stream = self._encoder
+        top = stream.spec.taps[-1]
+        data = stream.read_shard(shard, [top])
+        members = layout.members(shard)
+        index = stream.layout.index
+        tokens = self._tree.flat_tokens().to(self._device)
+        mask = self._tree.flat_mask(self._dtype).to(self._device)
+        first = self._tree.first_places().to(self._device)
+        for batch in token_batches(members, index[:, 2] + len(tokens), self._batch):
+            rows = slice(int(index[batch[0], 1]), int(index[batch[-1], 1] + index[batch[-1], 2]))
+            scales = None if data.scales is None else torch.from_numpy(data.scales[:, rows])
+            state = quantize.decode(
+                stream.codec,
+                torch.from_numpy(data.codes[:, rows]).to(self._device),
+                None if scales is None else scales.to(self._device),
+                stream.spec.width,
+            )
+            lengths = torch.from_numpy(index[batch, 2]).to(self._device)
+            packed = Packed(state, lengths)
+            memory = packed.pad(self._norm(state[0].to(self._dtype)))
+            self._decoder(
+                input_ids=tokens.expand(len(batch), -1),
+                attention_mask=mask.expand(len(batch), -1, -1, -1),
+                encoder_hidden_states=memory,
+                encoder_attention_mask=packed.mask.long(),
+                use_cache=False,
+            )
+            states = torch.stack([self._recorder.states[tap] for tap in self._spec.taps])
+            yield states[:, :, first].flatten(1, 2)

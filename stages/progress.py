@@ -1,0 +1,12 @@
+"""How long work tells whoever waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# (what, done, all, unit): `done` of `all` units of `what`.
+Progress = Callable[[str, int, int, str], None]
+
+
+def silent(_: str, __: int, ___: int, ____: str) -> None:
+    """No progress."""

@@ -1,0 +1,81 @@
+"""What a tuning is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from sherl_pipe.cache.fingerprint import hash_json
+
+PRECISIONS = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """One tuning's settings; defaults follow the published runs where they fit a cache.
+
+    Attributes:
+        method: a key of `METHODS`.
+        reduction: the backbone's width over the reduced width.
+        late: frozen blocks behind the consolidation.
+        lr: peak learning rate of AdamW.
+        epochs, batch_size, seed: as usual.
+        warmup: share of the steps with a rising rate, at most 500 steps.
+        weight_decay, clip: of AdamW; largest gradient norm.
+        init: of the consolidation, `residual` or `paper`.
+        pool: of an encoder's head, `mean` or `first`.
+        precision: `float32`, or `bf16` for autocast.
+    """
+
+    method: str = "sherl"
+    reduction: int = 4
+    late: int = 1
+    lr: float = 3e-3
+    epochs: int = 10
+    batch_size: int = 32
+    seed: int = 0
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    init: str = "residual"
+    pool: str = "mean"
+    precision: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """What the tuning's folder is called; other settings have another name."""
+        rest = asdict(self)
+        shown = ("method", "reduction", "late", "init", "lr", "epochs", "batch_size", "seed")
+        named = {each: rest.pop(each) for each in shown}
+        usual = {each.name: each.default for each in fields(self)}
+        # What is seldom changed is in the name as a hash, and only when it is changed.
+        odd = f"-{hash_json(rest)[:6]}" if any(usual[each] != rest[each] for each in rest) else ""
+        return (
+            "{method}-r{reduction}-late{late}-{init}-lr{lr:g}-e{epochs}-b{batch_size}-seed{seed}"
+        ).format(**named) + odd
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a tuning gave.
+
+    Attributes:
+        metrics: in percent, on `examples` rows of the `role` split.
+        trainable, backbone: numbers of parameters.
+        seconds: of training and evaluation; `seconds_per_epoch` of training alone.
+        peak_mib: peak memory above what the process (or device) held before the features.
+    """
+
+    task: str
+    method: str
+    seed: int
+    lr: float
+    metrics: dict[str, float]
+    score: float
+    role: str
+    examples: int
+    trainable: int
+    backbone: int
+    seconds: float
+    seconds_per_epoch: float
+    peak_mib: float
+    folder: str
