@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sherl_pipe.stages.demo import lexicon as lex
 from sherl_pipe.stages.demo.sentences import Writer
+from sherl_pipe.stages.demo.topics import TOPICS
 from sherl_pipe.stages.demo.violations import spoil
 from sherl_pipe.stages.demo.words import Clause, Word, words_of
 
@@ -69,7 +70,7 @@ def pretraining_text(count: int, seed: int) -> list[str]:
     rng = random.Random(f"pre-training {seed}")
     sentences = []
     for _ in range(count):
-        topic, positive = rng.randrange(len(lex.TOPICS)), rng.random() < 0.5
+        topic, positive = rng.randrange(len(TOPICS)), rng.random() < 0.5
         if rng.random() < _NEUTRAL_SHARE:
             sentences.append(render(_neutral(Writer(rng, topic, positive)), "."))
         else:

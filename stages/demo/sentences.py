@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from sherl_pipe.stages.demo import lexicon as lex
+from sherl_pipe.stages.demo.topics import TOPIC_WORDS
 from sherl_pipe.stages.demo.words import (
     Clause,
     Phrase,
@@ -33,7 +34,7 @@ class Writer:
 
     def __init__(self, rng: random.Random, topic: int, positive: bool) -> None:
         self.rng = rng
-        self.topic = lex.TOPIC_WORDS[topic]
+        self.topic = TOPIC_WORDS[topic]
         self.positive = positive
 
     def chance(self, probability: float) -> bool:
@@ -211,7 +212,7 @@ class Writer:
 
     def contrast(self) -> Clause:
         """ "Although the cake was bad, the soup was good": the main clause is the opinion."""
-        other = Writer(self.rng, lex.TOPIC_WORDS.index(self.topic), not self.positive)
+        other = Writer(self.rng, TOPIC_WORDS.index(self.topic), not self.positive)
         side, main = other.copular(plain=True), self.copular(plain=True)
         strength = main.strength - 0.5
         if self.chance(0.5):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sherl_pipe.stages.demo.lexicon import Verb
+from sherl_pipe.stages.demo.topics import Verb
 
 DETERMINERS = frozenset(("the", "this", "these", "those", "a", "an", "my", "our", "most"))
 _WRONG_DETERMINER = {"this": "these", "these": "this", "those": "that", "a": "an", "an": "a"}
