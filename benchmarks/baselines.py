@@ -120,6 +120,6 @@ LR_GRIDS: dict[str, tuple[float, ...]] = {
     "probe": (),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (2e-5, 5e-5, 1.5e-4, 5e-4),
-    "sherl": (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2),
-    "sherl_paper": (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2),
+    "sherl": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    "sherl_paper": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
 }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from sherl_pipe.stages.demo import lexicon as lex
-from sherl_pipe.stages.demo.topics import TOPIC_WORDS
+from sherl_pipe.stages.demo.topics import TOPIC_WORDS, Verb
 from sherl_pipe.stages.demo.words import (
     Clause,
     Phrase,
@@ -72,13 +72,13 @@ class Writer:
             words += [Word("that"), *who.words, verb]
         return Phrase(tuple(words), plural)
 
-    def finite(self, verb: lex.Verb, plural: bool) -> tuple[Word, tuple[str, ...]]:
+    def finite(self, verb: Verb, plural: bool) -> tuple[Word, tuple[str, ...]]:
         """A past or present form, and the times that suit it."""
         if self.chance(0.65):
             return past(verb, plural), lex.PAST_TIMES
         return present(verb, plural), lex.PRESENT_TIMES
 
-    def denied(self, verb: lex.Verb, plural: bool) -> list[Word]:
+    def denied(self, verb: Verb, plural: bool) -> list[Word]:
         """ "Did not like", "does not like"."""
         do = Word("did", "aux")
         if self.chance(0.35):
