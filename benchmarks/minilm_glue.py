@@ -32,7 +32,16 @@ import transformers
 
 from baselines import LR_GRIDS, METHODS
 from glue_tasks import TASKS, TRAIN_ROWS, load_task
-from records import Record, Run, cost_table, matching, read_records, run_of, score_table
+from records import (
+    Record,
+    Run,
+    cost_table,
+    markdown,
+    matching,
+    read_records,
+    run_of,
+    score_table,
+)
 from training import load_tokenizer
 
 LOG = logging.getLogger("minilm_glue")
@@ -154,11 +163,29 @@ def costs(arguments: argparse.Namespace) -> None:
     carry_out(runs, arguments)
 
 
+def lr_table(records: Sequence[Record], arguments: argparse.Namespace) -> str:
+    """The rates that were chosen."""
+    rows = [
+        [name, *(f"{chosen_lr(records, arguments, name, task):g}" for task in TASKS)]
+        for name in arguments.methods
+        if LR_GRIDS[name]
+    ]
+    return markdown(["method", *(f"{task} lr" for task in TASKS)], rows)
+
+
 def table(arguments: argparse.Namespace) -> None:
-    """Print both tables."""
+    """Print the tables."""
     records = read_records(arguments.results)
-    final_records = matching(records, "final", arguments.epochs, arguments.rows)
+    # Runs with a rate that a wider grid has overtaken stay in the file and out of the table.
+    final_records = [
+        record
+        for record in matching(records, "final", arguments.epochs, arguments.rows)
+        if not LR_GRIDS[record["method"]]
+        or record["lr"] == chosen_lr(records, arguments, record["method"], record["task"])
+    ]
     print(score_table(final_records, arguments.methods))
+    print()
+    print(lr_table(records, arguments))
     print()
     print(cost_table(matching(records, "cost", 1, arguments.rows), arguments.methods))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 from sherl_pipe.cache import FeatureCache
+from sherl_pipe.cache.schema import FORMAT_VERSION
 from sherl_pipe.pipeline.console import table
 from sherl_pipe.stages.extract import Report
 from sherl_pipe.stages.settings import TuneResult
@@ -93,7 +94,7 @@ def describe(cache: FeatureCache) -> dict[str, Any]:
         splits[split] = {"streams": streams}
     return {
         "path": str(cache.path),
-        "format": 1,
+        "format": FORMAT_VERSION,
         "fingerprint": identity.fingerprint(),
         "backbone": dict(identity.backbone),
         "tokenizer": identity.tokenizer,

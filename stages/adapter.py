@@ -272,6 +272,15 @@ def load_reference(
     route = METHODS[method].build(backbone, spec)
     if not isinstance(route, SherlSeq2Seq):
         raise InputError("load_reference takes an encoder-decoder backbone")
+    try:
+        _load_published(route, params)
+    except RuntimeError as error:  # how torch says that a name or a shape does not fit
+        raise InputError(f"parameters: {' '.join(str(error).split())}") from error
+    return TunedModel(backbone, route.to(backbone.device)).eval()
+
+
+def _load_published(route: SherlSeq2Seq, params: Mapping[str, Tensor]) -> None:
+    """Put the papers' side parameters into a route."""
     used: set[str] = set()
 
     def below(prefix: str) -> dict[str, Tensor]:
@@ -281,13 +290,9 @@ def load_reference(
 
     route.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
     route.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
-    norms: dict[str, Any] = {
-        "encoder": route.encoder_norm,
-        "decoder": route.late.final_layer_norm,
-    }
+    norms: Any = {"encoder": route.encoder_norm, "decoder": route.late.final_layer_norm}
     for stream, norm in norms.items():
         norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
     if used != set(params):
         left = sorted(set(params) - used)
         raise InputError(explain("parameters", expected="the published names", found=left))
-    return TunedModel(backbone, route.to(backbone.device)).eval()

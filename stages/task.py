@@ -40,7 +40,7 @@ class Task:
                 )
             )
         self.cache, self.name, self.backbone = cache, name, backbone
-        self.train, self.held_out = _roles(cache.tasks[name])
+        self.train, self.held_out = train_and_held_out(cache.tasks[name])
         self.spec: TaskSpec = self.train.spec
         if self.held_out.spec != self.spec:
             raise InputError(
@@ -110,7 +110,7 @@ def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -
     return (outputs.double().cpu().softmax(-1) @ grades).numpy()
 
 
-def _roles(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
+def train_and_held_out(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
     """Training and evaluation rows. Without a validation split, one training text in ten is held
     out, chosen by its id."""
     if "train" not in tables:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tools import LOGITS, OUTPUT, backbone, check_gradients, difference, load, section
+from sherl_pipe.cache import InputError
 from sherl_pipe.stages.adapter import TunedModel, load_reference
 from sherl_pipe.stages.methods.sherl import Consolidation
 from torch import Tensor
@@ -119,3 +120,25 @@ def test_two_adapters_share_one_backbone() -> None:
     # Not bit for bit: frozen weights take another matmul path than trainable ones.
     assert difference(after, before) < OUTPUT
     assert first.route is not model.route
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p | {"decoder.extra": torch.zeros(1)}, r"found \['decoder.extra'\]"),
+        (lambda p: {k: v for k, v in p.items() if "gate_params" not in k}, "gate_params"),
+        (lambda p: {k: v for k, v in p.items() if "final_side" not in k}, "parameters: .*weight"),
+        (lambda p: p | {"encoder.final_side_layer_norm.weight": torch.zeros(3)}, "parameters: "),
+    ],
+)
+def test_parameters_that_do_not_fit(change: Any, message: str) -> None:
+    meta, tensors = load("t5_sherl_main")
+    with pytest.raises(InputError, match=message):
+        load_reference(
+            backbone(meta["backbone_file"]),
+            change(section(tensors, "param.")),
+            method="sherl",
+            encoder_side_layers=meta["encoder_side_layers"],
+            decoder_side_layers=meta["decoder_side_layers"],
+            reduction=meta["task_reduction_factor"],
+        )

@@ -12,6 +12,7 @@ import torch
 from sherl_pipe.cache import CorruptCacheError, InputError, NonFiniteError
 from sherl_pipe.stages import tune
 from sherl_pipe.stages.methods import Consolidation
+from sherl_pipe.stages.task import train_and_held_out
 from tune_tools import HELD_OUT, MUCH, Stopped, World, make_world, recorder, same, weights
 
 
@@ -131,10 +132,10 @@ def test_without_a_validation_split_some_rows_are_held_out(world: World) -> None
     assert set(task.train.ids) | set(task.held_out.ids) == set(whole.ids)
     assert 0.03 < len(task.held_out.ids) / len(whole.ids) < 0.25
     few = replace(whole, ids=task.train.ids[:3], labels=task.train.labels[:3])
-    assert [len(part.ids) for part in tune._roles({"train": few})] == [2, 1]
+    assert [len(part.ids) for part in train_and_held_out({"train": few})] == [2, 1]
     one = replace(whole, ids=whole.ids[:1], labels=whole.labels[:1])
     with pytest.raises(InputError, match="has 1 rows, too few to hold some out"):
-        tune._roles({"train": one})
+        train_and_held_out({"train": one})
 
 
 def test_gradients_that_are_no_numbers_stop_the_tuning(world: World, tmp_path: Path) -> None:
