@@ -42,27 +42,13 @@ from records import (
     run_of,
     score_table,
 )
-from training import load_tokenizer
+from training import cpu_model, load_tokenizer
 
 LOG = logging.getLogger("minilm_glue")
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS = 3
 SEARCH_SEED = 0
 FINAL_SEEDS = (0, 1, 2)
-
-
-def cpu_model() -> str:
-    """The processor's name, with its family and model numbers where the name is generic."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    entries: dict[str, str] = {}
-    for line in text.split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        entries[key.strip()] = value.strip()
-    name = entries.get("model name", platform.processor())
-    return f"{name}, family {entries.get('cpu family', '?')} model {entries.get('model', '?')}"
 
 
 def configure_logging() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,20 @@ def _status_mib(key: str) -> float | None:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 1024
     return None
+
+
+def cpu_model() -> str:
+    """The processor's name, with its family and model numbers where the name is generic."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    entries: dict[str, str] = {}
+    for line in text.split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        entries[key.strip()] = value.strip()
+    name = entries.get("model name", platform.processor())
+    return f"{name}, family {entries.get('cpu family', '?')} model {entries.get('model', '?')}"
 
 
 def load_tokenizer() -> Any:

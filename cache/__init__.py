@@ -13,9 +13,11 @@ from sherl_pipe.cache.errors import (
     UnsafeError,
 )
 from sherl_pipe.cache.labels import LabelTable, TaskSpec
-from sherl_pipe.cache.reader import FeatureCache, ShardData, Stream
+from sherl_pipe.cache.reader import FeatureCache
 from sherl_pipe.cache.schema import Identity, StreamSpec
-from sherl_pipe.cache.writer import CacheWriter, StreamWriter
+from sherl_pipe.cache.stream import ShardData, Stream
+from sherl_pipe.cache.stream_writer import StreamWriter
+from sherl_pipe.cache.writer import CacheWriter
 
 __all__ = [
     "CODECS",

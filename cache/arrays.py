@@ -7,6 +7,7 @@ checked against the manifest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from sherl_pipe.cache.codecs import Codec
-from sherl_pipe.cache.layout import Layout
+from sherl_pipe.cache.errors import UnsafeError, explain
 from sherl_pipe.cache.schema import StreamSpec
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -56,7 +57,11 @@ class ArraySpec:
     def decode(
         self, shard: int, data: bytes, taps: Sequence[int] | None, rows: int
     ) -> npt.NDArray[Any]:
-        """The first `rows` rows (axis 1) of the listed `taps` (axis 0) of a shard's file."""
+        """The first `rows` rows (axis 1) of the listed `taps` (axis 0) of a shard's file.
+
+        Raises UnsafeError for chunks of other sizes; ValueError, RuntimeError for damaged ones.
+        """
+        self._check_chunks(data)
         buffer = default_buffer_prototype().buffer.from_bytes(data)
         files: dict[str, Buffer] = {}
         array = self._create(files)
@@ -70,11 +75,32 @@ class ArraySpec:
             out[place : place + count] = array[first : first + count, window]
         return out
 
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard before compression."""
+        return math.prod(self.shard) * np.dtype(self.dtype).itemsize
+
     def chunk_key(self, shard: int) -> str:
         """The file of a shard, below the array's folder."""
         place = ["0"] * len(self.shape)
         place[1 if len(self.shape) > 2 else 0] = str(shard)
         return "/".join(["c", *place])
+
+    def _check_chunks(self, data: bytes) -> None:
+        """Raise UnsafeError unless every chunk in a shard's file says that it has a chunk's size.
+
+        Zarr takes a chunk that is not there for fill, and zstd reserves whatever a frame asks for.
+        """
+        chunks = math.prod(self.shard) // math.prod(self.chunk)
+        size = self.shard_bytes // chunks
+        places = data[-(16 * chunks + 4) : -4]  # offset and length of each; then a crc32c
+        if len(places) < 16 * chunks:
+            raise UnsafeError(f"{len(data)} bytes are too few for {chunks} chunks")
+        for start, length in np.frombuffer(places, "<u8").reshape(-1, 2).tolist():
+            inside = start + length <= len(data)
+            found = _frame_bytes(data[start : start + min(length, 18)]) if inside else None
+            if found != size:
+                raise UnsafeError(explain("bytes in a chunk", expected=size, found=found))
 
     def _region(self, shard: int) -> tuple[slice, ...]:
         axis = 1 if len(self.shape) > 2 else 0
@@ -107,9 +133,23 @@ def _runs(wanted: list[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def stream_arrays(spec: StreamSpec, codec: Codec, layout: Layout) -> dict[str, ArraySpec]:
+def _frame_bytes(frame: bytes) -> int | None:
+    """The decoded size in a zstd frame's header (RFC 8878, 3.1.1); None where it has none."""
+    if len(frame) < 5 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    flags = frame[4]
+    single = flags >> 5 & 1
+    width = (single, 2, 4, 8)[flags >> 6]
+    start = 6 - single + (0, 1, 2, 4)[flags & 3]
+    size = int.from_bytes(frame[start : start + width], "little")
+    return (size + 256 if width == 2 else size) if width else None
+
+
+def stream_arrays(
+    spec: StreamSpec, codec: Codec, capacity: int, shards: int
+) -> dict[str, ArraySpec]:
     """The feature arrays of a stream: `values`, and `scales` where the codec has them."""
-    taps, rows = len(spec.taps), layout.capacity * layout.shards
+    taps, rows = len(spec.taps), capacity * shards
     widths: list[tuple[str, int, str, Any]] = [
         ("values", codec.code_bytes(spec.width), "uint8", codec.fill)
     ]
@@ -119,8 +159,8 @@ def stream_arrays(spec: StreamSpec, codec: Codec, layout: Layout) -> dict[str, A
         name: ArraySpec(
             name,
             shape=(taps, rows, width),
-            shard=(taps, layout.capacity, width),
-            chunk=(1, layout.capacity, width),
+            shard=(taps, capacity, width),
+            chunk=(1, capacity, width),
             dtype=dtype,
             fill=fill,
         )
@@ -135,10 +175,11 @@ def table_array(name: str, shape: tuple[int, ...], dtype: str) -> ArraySpec:
 
 
 def decode_table(spec: ArraySpec, data: bytes | None) -> npt.NDArray[Any]:
-    """The content of a `table_array`; an empty one has no file."""
+    """The content of a `table_array`; an empty one has no file. Raises what `decode` does."""
     files: dict[str, Buffer] = {}
     array = spec._create(files)
     if data is not None:
+        spec._check_chunks(data)
         files[spec.chunk_key(0)] = default_buffer_prototype().buffer.from_bytes(data)
     return np.asarray(array[:])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sherl_pipe.cache.errors import InputError, NonFiniteError, explain
+from sherl_pipe.cache.errors import InputError, NonFiniteError, explain, shown
 
 Codes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.float16]
@@ -106,8 +106,10 @@ def codec_from_json(data: Any) -> Codec:
     for codec in CODECS.values():
         if data == codec.to_json():
             return codec
-    known = ", ".join(CODECS)
-    raise InputError(explain("codec", expected=f"one of {known}", found=data))
+    known = ", ".join(f"{codec.name!r} (group {codec.group})" for codec in CODECS.values())
+    name, group = (data.get("name"), data.get("group", 0)) if isinstance(data, dict) else (data, 0)
+    found = f"{shown(name)} (group {shown(group)})"
+    raise InputError(explain("codec", expected=f"one of {known}", found=found))
 
 
 def _round_to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:

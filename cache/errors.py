@@ -5,6 +5,8 @@ A message names the field or file, what was expected, what was found, and what t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -67,3 +69,20 @@ def explain(what: str, *, expected: Any = None, found: Any = None, todo: str = "
         parts.append(f"expected {expected}, found {found}")
     message = ": ".join(parts) + "."
     return f"{message} {todo}" if todo else message
+
+
+def shown(value: Any) -> str:
+    """A stored value for a message: one short line, whatever somebody has put there."""
+    if not isinstance(value, str | int | float | None):
+        return type(value).__name__
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def hint(todo: str) -> Iterator[None]:
+    """Add what to do to an error about stored bytes."""
+    try:
+        yield
+    except (CorruptCacheError, UnsafeError) as error:
+        raise type(error)(f"{error} {todo}") from error

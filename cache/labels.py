@@ -10,13 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sherl_pipe.cache.errors import CorruptCacheError
-from sherl_pipe.cache.schema import check_name, seal, unseal
+from sherl_pipe.cache.errors import CorruptCacheError, InputError, explain, hint, shown
+from sherl_pipe.cache.fingerprint import ID_BYTES
+from sherl_pipe.cache.schema import check_part, seal, take, unseal
 from sherl_pipe.cache.store import LocalStore, is_partial
 
 FOLDER = "_labels"
 
+KINDS = ("classification", "regression")
+
 Label = int | float
+BIGGEST = 1e300  # an integer of JSON can be larger than any float
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,16 @@ class TaskSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskSpec:
+        """Raises KeyError for a missing field, TypeError or ValueError for one of another kind."""
+        if data["kind"] not in KINDS:
+            raise ValueError(
+                explain("kind", expected=" or ".join(KINDS), found=shown(data["kind"]))
+            )
+        for name in ("classes", "words", "metrics"):
+            if type(data[name]) is not list or not all(type(each) is str for each in data[name]):
+                raise ValueError(explain(name, expected="a list of texts", found=shown(data[name])))
         return cls(
-            str(data["kind"]),
-            tuple(data["classes"]),
-            tuple(data["words"]),
-            tuple(data["metrics"]),
+            data["kind"], tuple(data["classes"]), tuple(data["words"]), tuple(data["metrics"])
         )
 
 
@@ -58,7 +67,8 @@ class TaskSpec:
 class LabelTable:
     """Labels of one task and role: `labels[i]` belongs to the example `ids[i]`.
 
-    A text that occurs twice in the data is one example with two rows here.
+    A text that occurs twice in the data is one example with two rows here. Task and role are one
+    part each, so that a file is of one table only.
     """
 
     task: str
@@ -69,7 +79,7 @@ class LabelTable:
 
     @property
     def key(self) -> str:
-        return f"{FOLDER}/{check_name(self.task, 'task')}/{check_name(self.role, 'role')}.json"
+        return f"{FOLDER}/{check_part(self.task, 'task')}/{check_part(self.role, 'role')}.json"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,7 +92,12 @@ class LabelTable:
 
 
 def write(store: LocalStore, table: LabelTable) -> int:
-    """Write or replace a table; returns how many of its rows are new or changed."""
+    """Write or replace a table; returns how many of its rows are new or changed.
+
+    Raises InputError for labels that are none of the task, UnsafeError for odd names.
+    """
+    if problem := _problem(table):
+        raise InputError(f"labels of {table.task}/{table.role}: {problem}")
     old: set[tuple[bytes, Label]] = set()
     if store.exists(table.key):
         before = read(store, table.key)
@@ -94,22 +109,55 @@ def write(store: LocalStore, table: LabelTable) -> int:
 
 
 def read(store: LocalStore, key: str) -> LabelTable:
-    """One table. Raises CorruptCacheError for a damaged file."""
-    path = str(store.path(key))
-    body = unseal(store.read(key), path)
-    try:
-        table = LabelTable(
-            body["task"],
-            body["role"],
-            TaskSpec.from_json(body["spec"]),
-            tuple(bytes.fromhex(identity) for identity in body["ids"]),
-            tuple(body["labels"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(f"{path} lacks or misstates {error}") from error
-    if len(table.ids) != len(table.labels) or table.key != key:
-        raise CorruptCacheError(f"{path}: ids, labels and name do not belong together")
-    return table
+    """One table. Raises CorruptCacheError for a damaged file, UnsafeError for an odd name."""
+    data, path = store.read(key), str(store.path(key))
+    with hint("Delete it and attach the labels again."):
+        body = unseal(data, path)
+        task, role = take(body, "task", str, path), take(body, "role", str, path)
+        if key != f"{FOLDER}/{task}/{role}.json":
+            raise CorruptCacheError(
+                explain(
+                    f"{path}: task and role",
+                    expected="those of its name",
+                    found=f"{shown(task)}, {shown(role)}",
+                )
+            )
+        check_part(task, f"{path}: task")
+        check_part(role, f"{path}: role")
+        try:
+            spec = TaskSpec.from_json(take(body, "spec", dict, path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptCacheError(f"{path}: field 'spec': {error}") from error
+        try:
+            ids = tuple(map(bytes.fromhex, take(body, "ids", list, path)))
+        except (TypeError, ValueError) as error:
+            raise CorruptCacheError(f"{path}: field 'ids' holds more than example ids.") from error
+        table = LabelTable(task, role, spec, ids, tuple(take(body, "labels", list, path)))
+        if problem := _problem(table):
+            raise CorruptCacheError(f"{path}: {problem}")
+        return table
+
+
+def _problem(table: LabelTable) -> str | None:
+    """What is wrong with the rows of a table, in words."""
+    if len(table.ids) != len(table.labels):
+        return f"{len(table.ids)} ids and {len(table.labels)} labels; expected one for each."
+    classes = len(table.spec.classes)
+    for number, (identity, label) in enumerate(zip(table.ids, table.labels, strict=True)):
+        where = f"row {number + 1}"
+        if len(identity) != ID_BYTES:
+            return explain(f"{where}: bytes of the id", expected=ID_BYTES, found=len(identity))
+        if table.spec.kind == "regression":
+            wanted = "a finite number"
+            good = type(label) in (int, float) and -BIGGEST < label < BIGGEST
+        else:
+            wanted = f"a class from 0 to {classes - 1}"
+            good = type(label) is int and 0 <= label < classes
+        if not good:
+            return explain(
+                f"{where}, example {identity.hex()}", expected=wanted, found=shown(label)
+            )
+    return None
 
 
 def read_all(store: LocalStore) -> dict[str, dict[str, LabelTable]]:

@@ -98,16 +98,18 @@ def _place(shard_of: Index, lengths: Index, shards: int) -> Index:
 
 
 def check_layout(layout: Layout, path: str) -> None:
-    """Raise unless the index describes disjoint rows inside the shards."""
+    """Raise unless the index describes packed, disjoint rows inside the shards."""
     bounded(layout.capacity * max(1, layout.shards), 1, MAX_ROWS, f"{path}: rows")
     index = layout.index
-    bad = (
-        (index < 0).any()
-        or (index[:, 0] >= max(1, layout.shards)).any()
-        or (index[:, 1] + index[:, 2] > layout.capacity).any()
-    )
-    if bad:
-        raise CorruptCacheError(f"{path}: the index points outside the shards")
+    inside = (index >= 0).all() and (index[:, 1:] <= layout.capacity).all()
+    if not inside or (index[:, 0] >= layout.shards).any():
+        raise CorruptCacheError(f"{path}: the index points outside the shards.")
+    shard, first, rows = index[np.lexsort((index[:, 2], index[:, 1], index[:, 0]))].T
+    ends = first + rows
+    begin = np.zeros_like(first)
+    begin[1:] = np.where(shard[1:] == shard[:-1], ends[:-1], 0)
+    if (first != begin).any() or (ends > layout.capacity).any():
+        raise CorruptCacheError(f"{path}: the index has gaps, overlaps, or rows outside a shard.")
 
 
 def summary(layout: Layout) -> dict[str, Any]:

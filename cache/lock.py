@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sherl_pipe.cache.errors import LockedError, StorageError, UnsafeError
+from sherl_pipe.cache.store import needs
 
 LOCK_NAME = "_lock"
 
@@ -23,21 +24,22 @@ def write_lock(root: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another live process holds it; the message has its pid and host.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or its file system has no locks.
         UnsafeError: the lock's file is a link.
     """
     path = root / LOCK_NAME
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = _acquire(path)
-    except LockedError:
+    except (LockedError, StorageError):
         raise
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UnsafeError(f"{path} is a symbolic link. Remove the link.") from error
         raise StorageError(
             error.errno,
-            f"{path}: {os.strerror(error.errno or 0)}. Choose a writable folder with --cache.",
+            f"{path}: {os.strerror(error.errno or 0)}. Free space, fix permissions, or choose "
+            "another folder with --cache.",
         ) from error
     with file:
         yield
@@ -48,7 +50,8 @@ def _acquire(path: Path) -> TextIO:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with needs("locks (flock)", path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         file.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sherl_pipe.cache.codecs import Codec, codec_from_json
 from sherl_pipe.cache.errors import (
@@ -19,6 +19,7 @@ from sherl_pipe.cache.errors import (
     StaleCacheError,
     UnsafeError,
     explain,
+    shown,
 )
 from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
 
@@ -28,27 +29,57 @@ MAX_NAME_BYTES = 128
 # Bounds no honest cache reaches; beyond them metadata is refused before memory is reserved.
 MAX_TAPS, MAX_WIDTH, MAX_ROWS = 4096, 1 << 20, 1 << 40
 
-_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-_RESERVED = {"zarr.json", "c"}
+T = TypeVar("T")
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
 def check_name(name: str, what: str = "split") -> str:
-    """`name` if it is safe as a folder path below the cache; else UnsafeError."""
+    """`name` if it is safe as a path of folders below the cache; else UnsafeError."""
     parts = name.split("/")
-    good = len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES and all(
-        _SEGMENT.match(part) and part not in _RESERVED for part in parts
-    )
-    if not good:
+    if "zarr.json" in parts:
+        raise UnsafeError(
+            f"{what} name {shown(name)}: 'zarr.json' is the name of Zarr's own files. Rename it."
+        )
+    return _check_parts(name, parts, what)
+
+
+def check_part(name: str, what: str) -> str:
+    """`name` if it is safe as one file or folder; else UnsafeError."""
+    return _check_parts(name, [name], what)
+
+
+def _check_parts(name: str, parts: list[str], what: str) -> str:
+    size = len(name.encode("utf-8", "replace"))
+    if size > MAX_NAME_BYTES or not all(map(_PART.match, parts)):
         raise UnsafeError(
             explain(
-                f"{what} name {name!r}",
-                expected=f"letters, digits, '.', '_', '-' (each part begins with a letter or "
-                f"digit, at most {MAX_NAME_BYTES} bytes)",
+                f"{what} name {shown(name)}",
+                expected=f"letters, digits, '.', '_', '-' (begins with a letter or digit, at "
+                f"most {MAX_NAME_BYTES} bytes)",
                 found="something else",
                 todo="Rename it.",
             )
         )
     return name
+
+
+def stream_kind(stream: str) -> str:
+    """The entry of `Identity.streams` that describes a stream: `decoder` of `decoder-1a2b3c4d`."""
+    return stream.split("-", 1)[0]
+
+
+def take(body: Any, name: str, kind: type[T], path: str) -> T:
+    """The field `name` of a JSON object, which must be of exactly this type.
+
+    Raises CorruptCacheError naming `path` and the field.
+    """
+    value = body.get(name) if isinstance(body, dict) else None
+    if type(value) is not kind:  # isinstance would take true for a number
+        raise CorruptCacheError(
+            explain(f"{path}: field {name!r}", expected=kind.__name__, found=shown(value))
+        )
+    return value
 
 
 def seal(body: Any) -> bytes:
@@ -70,7 +101,11 @@ def unseal(data: bytes, path: str) -> Any:
     # The bytes and not the hash alone: one bit makes 1E-05 of 1e-05, which is the same number.
     if data != written:
         raise CorruptCacheError(
-            explain(f"{path} is damaged: sha256 or form", expected=found, found=hash_json(body))
+            explain(
+                f"{path} is damaged: sha256 or form",
+                expected=shown(found),
+                found=shown(hash_json(body)),
+            )
         )
     return body
 
@@ -91,6 +126,16 @@ class StreamSpec:
 
     def to_json(self) -> dict[str, Any]:
         return {"taps": list(self.taps), "blocks": self.blocks, "width": self.width}
+
+    @classmethod
+    def from_json(cls, data: Any, path: str) -> StreamSpec:
+        """Raises CorruptCacheError, UnsafeError."""
+        taps = take(data, "taps", list, path)
+        bounded(len(taps), 1, MAX_TAPS, f"{path}: taps")
+        if any(type(tap) is not int for tap in taps):
+            raise CorruptCacheError(f"{path}: field 'taps' holds more than whole numbers.")
+        width = bounded(take(data, "width", int, path), 1, MAX_WIDTH, f"{path}: width")
+        return cls(tuple(taps), take(data, "blocks", int, path), width)
 
 
 @dataclass(frozen=True)
@@ -137,7 +182,8 @@ class Identity:
 
         Raises:
             InputError: not a cache, or written in a format that this version does not read.
-            UnsafeError: sizes out of bounds.
+            CorruptCacheError: a field is missing or of another type.
+            UnsafeError: sizes or names out of bounds.
         """
         found = data.get("format") if isinstance(data, dict) else None
         if found != FORMAT_VERSION:
@@ -145,35 +191,40 @@ class Identity:
                 explain(
                     f"{path}: cache format",
                     expected=FORMAT_VERSION,
-                    found="none" if found is None else found,
+                    found="none" if found is None else shown(found),
                     todo="Extract again with this version, or use the version that wrote it.",
                 )
             )
-        try:
-            streams = {
-                check_name(name, "stream"): StreamSpec(
-                    tuple(int(tap) for tap in spec["taps"]), int(spec["blocks"]), int(spec["width"])
+        backbone = take(data, "backbone", dict, path)
+        versions = take(data, "versions", dict, path)
+        for name, value in backbone.items():
+            if not isinstance(value, str | int | None):
+                raise CorruptCacheError(
+                    explain(
+                        f"{path}: backbone: field {name[:60]!r}",
+                        expected="text or a number",
+                        found=shown(value),
+                    )
                 )
-                for name, spec in data["streams"].items()
-            }
-            identity = cls(
-                backbone={str(key): value for key, value in data["backbone"].items()},
-                tokenizer=str(data["tokenizer"]),
-                template=str(data["template"]),
-                max_length=int(data["max_length"]),
-                streams=streams,
-                codec=codec_from_json(data["codec"]),
-                seed=int(data["seed"]),
-                versions={str(key): str(value) for key, value in data["versions"].items()},
-            )
-        except (InputError, UnsafeError) as error:
-            raise type(error)(f"{path}: {error}") from error
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise CorruptCacheError(f"{path} lacks or misstates the field {error}") from error
-        for name, spec in streams.items():
-            bounded(len(spec.taps), 1, MAX_TAPS, f"{path}: {name} taps")
-            bounded(spec.width, 1, MAX_WIDTH, f"{path}: {name} width")
-        return identity
+        try:
+            codec = codec_from_json(data.get("codec"))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        return cls(
+            backbone=backbone,
+            tokenizer=take(data, "tokenizer", str, path),
+            template=take(data, "template", str, path),
+            max_length=take(data, "max_length", int, path),
+            streams={
+                check_part(name, f"{path}: stream"): StreamSpec.from_json(
+                    spec, f"{path}: streams: {name}"
+                )
+                for name, spec in take(data, "streams", dict, path).items()
+            },
+            codec=codec,
+            seed=take(data, "seed", int, path),
+            versions={name: take(versions, name, str, f"{path}: versions") for name in versions},
+        )
 
     def compared(self) -> dict[str, Any]:
         """The fields that must agree, flat, by the name that messages use."""
@@ -218,5 +269,5 @@ class Identity:
 def bounded(value: int, low: int, high: int, what: str) -> int:
     """`value` if it lies in the bounds; else UnsafeError."""
     if not low <= value <= high:
-        raise UnsafeError(explain(what, expected=f"{low} to {high}", found=value))
+        raise UnsafeError(explain(what, expected=f"{low} to {high}", found=shown(value)))
     return value

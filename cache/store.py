@@ -17,6 +17,24 @@ from pathlib import Path
 from sherl_pipe.cache.errors import CorruptCacheError, StorageError, UnsafeError, explain
 
 PARTIAL = ".partial-"
+# What a call is answered with by a file system that does not offer it.
+_LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EMLINK}
+
+
+@contextmanager
+def needs(feature: str, path: Path) -> Iterator[None]:
+    """Turn the OSError of a file system that lacks a feature into a StorageError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+        raise StorageError(
+            error.errno,
+            f"{path}: the file system there offers no {feature} ({os.strerror(error.errno)}), "
+            "without which files could be lost or mixed up. Choose a folder on another one, such "
+            "as a local disk with ext4, XFS or APFS.",
+        ) from error
 
 
 @contextmanager
@@ -89,13 +107,29 @@ class LocalStore:
                 os.close(handle)
                 raise UnsafeError(f"{path} is not a plain file. Remove it.")
             with os.fdopen(handle, "rb") as file:
-                return file.read()
+                try:
+                    return file.read()
+                except MemoryError as error:
+                    raise UnsafeError(f"{path} is larger than the free memory.") from error
 
     def exists(self, key: str) -> bool:
         """Whether `key` is there; a link counts, so that whoever reads it then refuses it."""
         path = self.path(key)
         with _storage_errors(path):
             return path.is_symlink() or path.is_file()
+
+    def size(self, key: str) -> int | None:
+        """Bytes of `key`; None where it is not there. Raises UnsafeError, StorageError."""
+        path = self.path(key)
+        with _storage_errors(path):
+            self._no_links(path)
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                return None
+            if not stat.S_ISREG(found.st_mode):
+                raise UnsafeError(f"{path} is not a plain file. Remove it.")
+            return found.st_size
 
     def create(self, key: str, data: bytes) -> None:
         """Write `key` once. Raises FileExistsError if it is there, StorageError, UnsafeError."""
@@ -115,7 +149,8 @@ class LocalStore:
             with _storage_errors(path, len(data)):
                 self._write_synced(temporary, data)
                 if exclusive:
-                    os.link(temporary, path)
+                    with needs("hard links", path):
+                        os.link(temporary, path)
                     temporary.unlink()
                 else:
                     temporary.rename(path)
@@ -155,7 +190,8 @@ class LocalStore:
     def _sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(handle)
+            with needs("sync of folders", folder):
+                os.fsync(handle)
         finally:
             os.close(handle)
 
@@ -197,8 +233,9 @@ class LocalStore:
         return len(partials)
 
     def free_bytes(self) -> int:
-        """Free space where the cache is, or where it will be."""
+        """Free space where the cache is, or where it will be. Raises StorageError."""
         folder = self.root
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        with _storage_errors(self.root):
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free

@@ -67,13 +67,13 @@ def test_training_sees_every_row_once_an_epoch(
 ) -> None:
     """Windows of shards may leave different numbers of half-full batches in different epochs."""
     seen: list[int] = []
-    step = Tuner._step
+    step = Tuner.step
 
     def note(tuner: Tuner, batch: Any, *rest: Any) -> None:
         seen.extend(batch.rows.tolist())
         step(tuner, batch, *rest)
 
-    monkeypatch.setattr(Tuner, "_step", note)
+    monkeypatch.setattr(Tuner, "step", note)
     source = sources(world, 0)
 
     def uneven(size: int) -> bool:

@@ -1,0 +1,253 @@
+"""Writing a stream: shards committed one by one, a manifest last.
+
+Order: `plan.json`; metadata, ids and index; for every shard its files, then its receipt; then the
+manifest, which is what makes the stream exist for readers. Every step is a whole file or nothing,
+so a killed writer loses at most the shard in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sherl_pipe.cache.arrays import ArraySpec, group_metadata
+from sherl_pipe.cache.codecs import Codes, Scales
+from sherl_pipe.cache.errors import (
+    CorruptCacheError,
+    IncompleteSplitError,
+    InputError,
+    StaleCacheError,
+    explain,
+    hint,
+)
+from sherl_pipe.cache.fingerprint import ID_BYTES, data_fingerprint
+from sherl_pipe.cache.layout import Layout, summary
+from sherl_pipe.cache.manifest import (
+    MANIFEST,
+    METADATA,
+    PLAN,
+    RECEIPTS,
+    FileRecord,
+    Records,
+    StreamFiles,
+    read_manifest,
+    read_plan,
+    read_receipt,
+    remedy,
+    restore,
+)
+from sherl_pipe.cache.schema import (
+    ATTRIBUTE,
+    FORMAT_VERSION,
+    Identity,
+    StreamSpec,
+    seal,
+    stream_kind,
+)
+from sherl_pipe.cache.store import LocalStore
+
+
+class StreamWriter:
+    """Commits the shards of one stream of one split. Made by `CacheWriter.stream`."""
+
+    def __init__(
+        self,
+        store: LocalStore,
+        identity: Identity,
+        split: str,
+        stream: str,
+        ids: list[bytes],
+        layout: Layout,
+        notes: Mapping[str, Any],
+    ) -> None:
+        self.store, self.identity = store, identity
+        self.split, self.stream, self.layout = split, stream, layout
+        self.base = f"{split}/{stream}"
+        self.spec: StreamSpec = self.identity.streams[stream_kind(stream)]
+        counts = summary(layout)
+        self.files = StreamFiles.of(self.base, self.spec, self.identity.codec, counts)
+        self.plan = {
+            "format": FORMAT_VERSION,
+            "split": split,
+            "stream": stream,
+            "identity": self.identity.fingerprint(),
+            "data": data_fingerprint(ids),
+            "layout": counts,
+            "notes": dict(notes),
+        }
+        self.complete = self.store.exists(f"{self.base}/{MANIFEST}")
+        if self.complete:
+            self._check_finished()
+            self._remove_working_files()
+            return
+        if self.store.exists(f"{self.base}/{PLAN}"):
+            self._check_same(read_plan(self.store, self.base))
+        else:
+            self._refuse_nesting()
+            # What is left of a folder that was half deleted may be of other data.
+            self._remove_receipts()
+            self.store.create(f"{self.base}/{PLAN}", seal(self.plan))
+        self._write_metadata(ids)
+
+    def pending(self) -> list[int]:
+        """Shards that are not committed, ascending."""
+        if self.complete:
+            return []
+        return [shard for shard in range(self.layout.shards) if self._receipt(shard) is None]
+
+    def commit(self, shard: int, codes: Codes, scales: Scales | None) -> int:
+        """Write one shard and its receipt.
+
+        Args:
+            codes: `uint8 [taps, rows, code bytes]` of the shard's used rows.
+            scales: `float16 [taps, rows, groups]`, or None where the codec has none.
+
+        Returns the bytes written. Raises StorageError.
+        """
+        blocks: dict[str, npt.NDArray[Any]] = {"values": codes}
+        if scales is not None:
+            blocks["scales"] = scales
+        files = {}
+        for name, key in self.files.shard(shard).items():
+            spec = self.files.arrays[name]
+            data = spec.encode(shard, _with_tail(spec, blocks[name]))
+            # A file without a receipt is the trace of a crash; it is written anew.
+            self.store.delete(key)
+            self.store.create(key, data)
+            files[key] = FileRecord.of(data)
+        self.store.create(self._receipt_key(shard), seal({"shard": shard, "files": _json(files)}))
+        return sum(record.size for record in files.values())
+
+    def finish(self) -> None:
+        """Commit the manifest; from now on readers see the stream.
+
+        Raises IncompleteSplitError where a shard is not committed, StorageError.
+        """
+        if self.complete:
+            return
+        files = {k: FileRecord.of(self.store.read(k)) for k in self.files.before_shards()}
+        receipts = [self._receipt(shard) for shard in range(self.layout.shards)]
+        missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
+        if missing:
+            raise IncompleteSplitError(
+                f"{self.store.path(self.base)}: {len(missing)} of {self.layout.shards} shards are "
+                f"not committed, the first is {missing[0]}. Run the same command again; it does "
+                "only these."
+            )
+        for receipt in receipts:
+            files.update(receipt or {})
+        manifest = f"{self.base}/{MANIFEST}"
+        # What a reader would refuse is not committed.
+        with hint("Extract to another --cache with a smaller --shard-mib."):
+            self.files.check(files, str(self.store.path(manifest)))
+        self.store.create(manifest, seal({"plan": self.plan, "files": _json(files)}))
+        self.complete = True
+        self._remove_working_files()
+
+    def _write_metadata(self, ids: list[bytes]) -> None:
+        """Metadata, ids and index, where they are missing or not right.
+
+        On resume too: they have no receipt, and the manifest vouches for what it finds.
+        """
+        table = np.frombuffer(b"".join(ids), np.uint8).reshape(len(ids), ID_BYTES)
+        for name, content in (("ids", table), ("index", self.layout.index)):
+            if key := self.files.table(name):
+                self._renew(key, self.files.tables[name].encode(0, content))
+        for name, spec in (*self.files.arrays.items(), *self.files.tables.items()):
+            self._renew(f"{self.base}/{name}/{METADATA}", spec.metadata())
+        for folder in self.files.groups[:-1]:
+            # Manifests of other streams vouch for these, and Zarr may write them otherwise today.
+            if not self.store.exists(f"{folder}/{METADATA}"):
+                self.store.create(f"{folder}/{METADATA}", group_metadata({}))
+        attributes = {ATTRIBUTE: {"taps": list(self.spec.taps)}}
+        self._renew(f"{self.base}/{METADATA}", group_metadata(attributes))
+
+    def _renew(self, key: str, data: bytes) -> None:
+        if not self.store.exists(key) or self.store.read(key) != data:
+            self.store.delete(key)
+            self.store.create(key, data)
+
+    def _check_finished(self) -> None:
+        """Raise unless the stream is of this data, and its files are there in their sizes."""
+        plan, records = read_manifest(self.store, self.base)
+        self._check_same(plan)
+        with hint(restore(self.store, self.base)):
+            self.files.check(records, str(self.store.path(f"{self.base}/{MANIFEST}")))
+        for key, record in records.items():
+            found = self.store.size(key)
+            if found != record.size:
+                raise CorruptCacheError(
+                    explain(
+                        f"{self.store.path(key)} is not the file that was committed",
+                        expected=f"{record.size} bytes",
+                        found="no file" if found is None else f"{found} bytes",
+                        todo=remedy(self.store, self.base, key),
+                    )
+                )
+
+    def _refuse_nesting(self) -> None:
+        """Raise InputError where a split's name puts this stream into another, or around one."""
+        marks = (f"/{MANIFEST}", f"/{PLAN}")
+        above = (f"{folder}{mark}" for folder in self.files.groups[:-1] for mark in marks)
+        below = (key for key in self.store.list(self.base) if key.endswith(marks))
+        for key in (*filter(self.store.exists, above), *below):
+            other, name, _ = key.rsplit("/", 2)
+            raise InputError(
+                f"the folder of stream {self.stream!r} of split {self.split!r} and that of stream "
+                f"{name!r} of split {other!r} would lie one in the other. Rename a split."
+            )
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        for field, expected in self.plan.items():
+            if found.get(field) != expected:
+                what = {"data": "data (texts or their order)", "layout": "shard layout"}
+                raise StaleCacheError(
+                    explain(
+                        f"{self.store.path(self.base)} holds other {what.get(field, field)}",
+                        expected=expected,
+                        found=found.get(field),
+                        todo="Extract to another --cache, or delete this folder first.",
+                    )
+                )
+
+    def _receipt_key(self, shard: int) -> str:
+        return f"{self.base}/{RECEIPTS}/{shard}.json"
+
+    def _receipt(self, shard: int) -> Records | None:
+        """The receipt of a committed shard; None, and no trace of it, where it is not whole."""
+        if not self.store.exists(self._receipt_key(shard)):
+            return None
+        receipt = read_receipt(self.store, self.files, shard)
+        whole = all(
+            self.store.exists(key) and record.matches(self.store.read(key))
+            for key, record in receipt.items()
+        )
+        if not whole:
+            self.store.delete(self._receipt_key(shard))
+            return None
+        return receipt
+
+    def _remove_receipts(self) -> None:
+        for key in list(self.store.list(f"{self.base}/{RECEIPTS}")):
+            self.store.delete(key)
+        self.store.delete_folder(f"{self.base}/{RECEIPTS}")
+
+    def _remove_working_files(self) -> None:
+        """Receipts and plan live on in the manifest."""
+        self._remove_receipts()
+        self.store.delete(f"{self.base}/{PLAN}")
+
+
+def _json(records: Records) -> dict[str, Any]:
+    return {key: record.to_json() for key, record in records.items()}
+
+
+def _with_tail(spec: ArraySpec, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`block` filled up to the shard's capacity."""
+    if block.shape == spec.shard:
+        return block
+    whole = np.full(spec.shard, spec.fill, spec.dtype)
+    whole[:, : block.shape[1]] = block
+    return whole
