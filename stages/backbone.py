@@ -47,6 +47,11 @@ class Family:
     seq2seq: bool
     streams: Mapping[str, str]
 
+    @property
+    def main(self) -> str:
+        """The stream that reads the inputs."""
+        return "encoder" if self.seq2seq else "hidden"
+
 
 _ENCODER = Family(False, {"hidden": "encoder.layer"})
 _T5 = Family(True, {"encoder": "encoder.block", "decoder": "decoder.block"})

@@ -190,9 +190,7 @@ class Tuner:
     def _train(self, progress: Progress) -> float:
         """All epochs that are left; the seconds of training."""
         settings = self.settings
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        optimizer = self.optimizer()
         what = f"{self.task.name} {settings.method} seed {settings.seed}"
         self.train.preload(lambda done, all_: progress(f"{what}: loading", done, all_, "shards"))
         # Shards meet in other windows in every epoch, so epochs differ in their last batches.
@@ -212,7 +210,7 @@ class Tuner:
             self.route.train()
             self.route.late.eval()
             for batch in self.train.read(batches):
-                self._step(batch, optimizer, step, total)
+                self.step(batch, optimizer, step, total)
                 step += 1
                 progress(what, step, total, "steps")
                 if time.perf_counter() - saved > CHECKPOINT_SECONDS and step < total:
@@ -228,7 +226,18 @@ class Tuner:
                     saved = now
         return seconds + time.perf_counter() - begun
 
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimizer of the parameters that are tuned."""
+        settings = self.settings
+        return torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Take step `step` of `total` on a training batch.
+
+        Raises NonFiniteError where the gradient is no number.
+        """
         for group in optimizer.param_groups:
             group["lr"] = self.settings.lr * schedule(step, total, self.settings.warmup)
         with self._autocast():
@@ -246,7 +255,7 @@ class Tuner:
     def _save(self, result: TuneResult) -> None:
         identity = self.task.cache.identity
         where = self.task.cache.places[self.task.train.ids[0]][0]
-        stream = "encoder" if self.task.backbone.family.seq2seq else "hidden"
+        stream = self.task.backbone.family.main
         config = AdapterConfig(
             task=self.task.name,
             labels=self.task.spec,

@@ -177,12 +177,11 @@ def test_receipt_of_other_files(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / TRAIN)
 
 
-HIDDEN_SPEC = ("streams", "hidden")
 ROOTS: list[tuple[Place, Any, str]] = [
     (("backbone", "config"), [[]], "field 'config': expected text or a number, found list"),
-    ((*HIDDEN_SPEC, "taps"), [0, "2"], "streams: hidden: field 'taps' holds more than whole"),
-    ((*HIDDEN_SPEC, "taps"), [], "taps: expected 1 to 4096, found 0"),
-    ((*HIDDEN_SPEC, "width"), 1 << 40, "width: expected 1 to 1048576"),
+    (("streams", "hidden", "taps"), [0, "2"], "hidden: field 'taps' holds more than whole"),
+    (("streams", "hidden", "taps"), [], "taps: expected 1 to 4096, found 0"),
+    (("streams", "hidden", "width"), 1 << 40, "width: expected 1 to 1048576"),
     (("streams", "a/b"), {}, "stream name 'a/b': expected letters"),
     (("codec",), {"name": "blosc"}, "codec: expected one of .*, found 'blosc' .group 0."),
     (("codec",), [], "codec: expected one of .*, found list"),

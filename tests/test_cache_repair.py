@@ -70,8 +70,8 @@ def test_no_false_alarm(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / HIDDEN, tmp_path / "mine/other")
     (tmp_path / "mine/other/manifest.json").unlink()
     shutil.rmtree(tmp_path / "a/hidden/values/c/0/1")
-    for name in ("plan.json", "manifest.json"):
-        (tmp_path / "mine" / name).write_text("of somebody else")
+    for name in ("mine/plan.json", "receipts/manifest.json"):
+        (tmp_path / name).write_text("of somebody else")
     assert FeatureCache.open(tmp_path).splits == ["receipts/b", TRAIN]
 
 
