@@ -153,8 +153,9 @@ def stream_arrays(
     widths: list[tuple[str, int, str, Any]] = [
         ("values", codec.code_bytes(spec.width), "uint8", codec.fill)
     ]
-    if codec.scale_groups(spec.width):
-        widths.append(("scales", codec.scale_groups(spec.width), "float16", float("nan")))
+    if codec.scale_bytes(spec.width):
+        # 0xFFFF is no number, as a bfloat16.
+        widths.append(("scales", codec.scale_bytes(spec.width), "uint8", 0xFF))
     return {
         name: ArraySpec(
             name,

@@ -44,8 +44,7 @@ class Layout:
 
 def shard_capacity(spec: StreamSpec, codec: Codec, shard_bytes: int = SHARD_BYTES) -> int:
     """Rows of a shard of about `shard_bytes` bytes."""
-    row = codec.code_bytes(spec.width) + 2 * codec.scale_groups(spec.width)
-    return max(64, shard_bytes // (row * len(spec.taps)) // 64 * 64)
+    return max(64, shard_bytes // (codec.row_bytes(spec.width) * len(spec.taps)) // 64 * 64)
 
 
 def assign(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> Layout:

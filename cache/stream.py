@@ -40,11 +40,13 @@ class ShardData:
 
     Attributes:
         codes: `uint8 [taps, rows, code bytes]`.
-        scales: `float16 [taps, rows, groups]` or None.
+        scales: `uint8 [taps, rows, scale bytes]` or None.
+        picks: places of the wanted taps among these; a chained codec needs others before them.
     """
 
     codes: Codes
     scales: Scales | None
+    picks: list[int]
 
 
 class Stream:
@@ -122,8 +124,19 @@ class Stream:
         """Bytes of this stream's own files."""
         return sum(r.size for k, r in self.files.items() if k.startswith(f"{self.base}/"))
 
+    def places(self, taps: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """Stored taps to read in order to decode `taps`, and where these are among them.
+
+        Raises InputError for a tap that the cache does not hold.
+        """
+        stored = self.spec.taps
+        wanted = [self._place(tap) for tap in (stored if taps is None else taps)]
+        if not self.codec.chained:
+            return wanted, list(range(len(wanted)))
+        return list(range(max(wanted) + 1)), wanted
+
     def read_shard(self, shard: int, taps: Sequence[int] | None = None) -> ShardData:
-        """The rows of one shard that hold data.
+        """The rows of one shard that hold data, still coded.
 
         Args:
             shard: its number.
@@ -134,13 +147,13 @@ class Stream:
             UnsafeError: a file would take far more memory than it should.
             InputError: a tap that the cache does not hold.
         """
-        places = None if taps is None else [self._place(tap) for tap in taps]
+        places, picks = self.places(taps)
         rows = self.layout.used_rows(shard)
         found = {}
         for name, key in self._keys.shard(shard).items():
             decode = partial(self._keys.arrays[name].decode, shard, taps=places, rows=rows)
             found[name] = self._decoded(key, f"shard {shard}", decode)
-        return ShardData(found["values"], found.get("scales"))
+        return ShardData(found["values"], found.get("scales"), picks)
 
     def read_example(self, example: int, taps: Sequence[int] | None = None) -> Floats:
         """float32 `[taps, rows, width]` of one example; reads its whole shard."""
@@ -148,7 +161,7 @@ class Stream:
         data = self.read_shard(shard, taps)
         rows = slice(row, row + length)
         scales = None if data.scales is None else data.scales[:, rows]
-        return self.codec.decode(data.codes[:, rows], scales, self.spec.width)
+        return self.codec.decode(data.codes[:, rows], scales, self.spec.width)[data.picks]
 
     def problems(self) -> list[str]:
         """Every file of this stream that is not the one that was committed."""

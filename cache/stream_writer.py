@@ -102,7 +102,7 @@ class StreamWriter:
 
         Args:
             codes: `uint8 [taps, rows, code bytes]` of the shard's used rows.
-            scales: `float16 [taps, rows, groups]`, or None where the codec has none.
+            scales: `uint8 [taps, rows, scale bytes]`, or None where the codec has none.
 
         Returns the bytes written. Raises StorageError.
         """

@@ -45,7 +45,7 @@ class DataConfig(Section):
 class ExtractConfig(Section):
     """Stage one. `template` None is `task` for text-to-text models and `neutral` for encoders."""
 
-    codec: Literal["float32", "bfloat16", "int8"] = "int8"
+    codec: Literal["float32", "bfloat16", "int8", "int4"] = "int8"
     taps: Literal["paper", "all"] | tuple[Integer, ...] = "paper"
     template: Literal["task", "neutral"] | None = None
     max_length: Positive = 128

@@ -48,7 +48,7 @@ EXTRACT = [
     TEXT_COLUMNS,
     LABEL_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
-    click.option("--codec", type=click.Choice(["float32", "bfloat16", "int8"]), default="int8"),
+    click.option("--codec", type=click.Choice(["float32", "bfloat16", "int8", "int4"]), default="int8"),
     click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
     click.option(
         "--template",

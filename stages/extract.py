@@ -224,7 +224,7 @@ class Extractor:
     def _check_space(self, out: StreamWriter, rows: int) -> None:
         """Say how big it gets. Raises StorageError where the disk cannot hold it."""
         codec, spec = self.identity.codec, out.spec
-        row = codec.code_bytes(spec.width) + 2 * codec.scale_groups(spec.width)
+        row = codec.row_bytes(spec.width)
         need, free = rows * row * len(spec.taps), self.writer.store.free_bytes()
         self.announce(
             f"{out.split} {out.stream}: {rows:,} tokens to do, up to {need / 2**20:,.0f} MiB"

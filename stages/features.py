@@ -223,8 +223,8 @@ class FeatureSource:
         for role, reading in self.readings.items():
             stream = self._streams[role][split]
             width = stream.spec.width
-            row = self._codec.code_bytes(width) + 2 * self._codec.scale_groups(width)
-            total += len(reading.taps) * stream.layout.used_rows(shard) * row
+            places, _ = stream.places(reading.taps)
+            total += len(places) * stream.layout.used_rows(shard) * self._codec.row_bytes(width)
         return total
 
     def _load(
@@ -270,7 +270,8 @@ class FeatureSource:
             scales = block.scales
             if scales is not None:
                 scales = scales.index_select(1, where).to(self.device)
-            width = next(iter(self._streams[role].values())).spec.width
-            states = quantize.decode(self._codec, codes, scales, width)
+            stream = next(iter(self._streams[role].values()))
+            _, picks = stream.places(reading.taps)
+            states = quantize.decode(self._codec, codes, scales, stream.spec.width, picks)
             streams[role] = Packed(states, torch.from_numpy(length).to(self.device))
         return Batch(rows, streams)

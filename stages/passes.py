@@ -25,11 +25,13 @@ class ShardBuffer:
     def __init__(self, codec: Codec, spec: StreamSpec, rows: int, device: torch.device) -> None:
         self._codec, self._spec, self._device = codec, spec, device
         pin = device.type == "cuda"
-        taps, groups = len(spec.taps), codec.scale_groups(spec.width)
-        self._codes = torch.empty(
-            taps, rows, codec.code_bytes(spec.width), dtype=torch.uint8, pin_memory=pin
-        )
-        self._scales = torch.empty(taps, rows, groups, dtype=torch.float16, pin_memory=pin)
+        taps = len(spec.taps)
+
+        def room(width: int) -> Tensor:
+            return torch.empty(taps, rows, width, dtype=torch.uint8, pin_memory=pin)
+
+        self._codes = room(codec.code_bytes(spec.width))
+        self._scales = room(codec.scale_bytes(spec.width))
         self._bad = torch.zeros(taps, rows, dtype=torch.bool, device=device)
         self._filled = 0
 
@@ -64,7 +66,7 @@ class ShardBuffer:
             "shard was not committed. Use --dtype float32 or bfloat16, or remove these examples."
         )
 
-    def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16] | None]:
+    def arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
         """Codes and scales as numpy arrays."""
         scales = self._scales.numpy() if self._scales.shape[-1] else None
         return self._codes.numpy(), scales
@@ -144,6 +146,7 @@ class WordsPass:
                 torch.from_numpy(data.codes[:, rows]).to(self._device),
                 None if scales is None else scales.to(self._device),
                 stream.spec.width,
+                data.picks,
             )
             lengths = torch.from_numpy(index[batch, 2]).to(self._device)
             packed = Packed(state, lengths)

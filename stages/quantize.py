@@ -1,68 +1,186 @@
-"""The codecs of `cache/codecs.py` on the device: the same bytes and values, bit for bit."""
+"""The codecs of `cache/codecs.py` on the device."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from sherl_pipe.cache import Codec
-from sherl_pipe.cache.codecs import INT8_LIMIT
+from sherl_pipe.cache.codecs import CARRIED, STEPS, hadamard
 from torch import Tensor
+
+# The largest magnitude that is sure to be held: differences double it, turning a group can
+# multiply it by the group's root, and bfloat16 ends at 3.4e38.
+_LARGEST = 1e36
 
 
 def encode(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Codes `uint8 [..., n, code bytes]` and float16 scales of finite `values [..., n, d]`.
+    """Codes `uint8 [K, n, code bytes]` and scales of finite `values [K, n, d]` of all taps.
 
-    A value that the codec cannot hold shows as a non-finite scale, or as a bfloat16 infinity;
-    `overflowed` looks for both.
+    What a codec cannot hold gives codes without a meaning; `overflowed` finds it.
     """
     values = values.float()
-    if codec.name == "int8":
-        return _encode_int8(values, codec.group)
     if codec.name == "bfloat16":
         return _split_planes(values.to(torch.bfloat16), 2), None
-    return _split_planes(values, 4), None
+    if codec.name == "float32":
+        return _split_planes(values, 4), None
+    coded: list[tuple[Tensor, Tensor]] = []
+    before: Tensor | None = None
+    for tap in values:
+        codes, scales = _encode_tap(codec, tap, before)
+        coded.append((codes, scales))
+        decoded = tap.new_empty(len(tap), codec.groups(tap.shape[-1]), codec.group)
+        _decode_tap(codec, codes, scales, tap.shape[-1], before, decoded)
+        before = decoded
+    return torch.stack([codes for codes, _ in coded]), torch.stack([s for _, s in coded])
 
 
 def overflowed(codec: Codec, values: Tensor) -> Tensor:
     """Boolean `[K, n]`: tokens with a value that is not finite or that the codec cannot hold."""
-    values = values.float()
     limit = {
-        # The scale of a group, peak / 127, is a float16.
-        "int8": INT8_LIMIT * 65519.0,
         "bfloat16": torch.finfo(torch.bfloat16).max,
         "float32": torch.finfo(torch.float32).max,
-    }[codec.name]
+    }.get(codec.name, _LARGEST)
     # NaN compares false, so it counts as overflowed too.
-    return ~(values.abs().amax(-1) <= limit)
+    return ~(values.float().abs().amax(-1) <= limit)
 
 
-def decode(codec: Codec, codes: Tensor, scales: Tensor | None, width: int) -> Tensor:
-    """float32 `[..., n, width]` of codes and scales."""
-    if codec.name == "int8":
-        if scales is None:
-            raise TypeError("int8 codes need their scales")
-        numbers = codes.view(torch.int8).float()
-        if width % codec.group == 0:
-            grouped = numbers.view(*numbers.shape[:-1], -1, codec.group)
-            return (grouped * scales.float().unsqueeze(-1)).view(numbers.shape)
-        spread = scales.float().repeat_interleave(codec.group, dim=-1)[..., :width]
-        return numbers * spread
+def decode(
+    codec: Codec,
+    codes: Tensor,
+    scales: Tensor | None,
+    width: int,
+    picks: Sequence[int] | None = None,
+) -> Tensor:
+    """float32 `[K, n, width]`.
+
+    A chained codec needs the codes of every tap from the cache's first on; `picks` are those that
+    are wanted, all by default.
+    """
     if codec.name == "bfloat16":
         return _join_planes(codes, 2).view(torch.bfloat16).float()
-    return _join_planes(codes, 4).view(torch.float32)
+    if codec.name == "float32":
+        return _join_planes(codes, 4).view(torch.float32)
+    if scales is None:
+        raise TypeError(f"{codec.name} codes need their scales")
+    out = torch.empty(
+        *codes.shape[:-1],
+        codec.groups(width),
+        codec.group,
+        dtype=torch.float32,
+        device=codes.device,
+    )
+    # Autocast would round the products that have to be exact.
+    with torch.autocast(codes.device.type, enabled=False):
+        for place, (tap_codes, tap_scales) in enumerate(zip(codes, scales, strict=True)):
+            before = out[place - 1] if place else None
+            _decode_tap(codec, tap_codes, tap_scales, width, before, out[place])
+    taps = out if picks is None or list(picks) == list(range(len(out))) else out[list(picks)]
+    return taps.flatten(-2)[..., :width]
 
 
-def _encode_int8(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    width = values.shape[-1]
-    padded = torch.nn.functional.pad(values, (0, -width % group))
-    grouped = padded.view(*values.shape[:-1], -1, group)
-    peak = grouped.abs().amax(-1)
-    scales = (peak / INT8_LIMIT).half()
-    # A group that is not all zero never gets the scale 0.
-    scales = torch.where((peak > 0) & (scales == 0), scales.new_tensor(2.0**-24), scales)
-    step = torch.where(scales == 0, 1.0, scales.float())
-    codes = (grouped / step.unsqueeze(-1)).round_().clamp_(-INT8_LIMIT, INT8_LIMIT)
-    flat = codes.to(torch.int8).view(padded.shape)[..., :width]
-    return flat.contiguous().view(torch.uint8), scales
+def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one tap `[n, d]`; `before` is the decoded one in front of it."""
+    width, groups = tap.shape[-1], codec.groups(tap.shape[-1])
+    values = torch.nn.functional.pad(tap, (0, -width % codec.group))
+    values = values.view(-1, groups, codec.group)
+    carried = torch.zeros(values.shape[:2], dtype=torch.bool, device=tap.device)
+    if before is not None:
+        difference = values - before
+        carried = difference.square().sum(-1) < values.square().sum(-1)
+        values = torch.where(carried.unsqueeze(-1), difference, values)
+    turned = torch.empty_like(values)
+    _turn(values.contiguous(), width, codec.group, turned)
+    values = turned.mul_(_shrink(width, codec.group, tap.device)[:, None])
+    peaks = values.abs().amax(-1)
+    if codec.name == "int8":
+        floor = codec.step * tap.square().mean(-1, keepdim=True).sqrt()
+        high, low, steps = _bfloat16_above(torch.maximum(peaks / 127, floor))
+        scales = torch.cat([high | (carried * CARRIED).byte(), low], -1)
+        numbers = (values / _nonzero(steps).unsqueeze(-1)).round_().clamp_(-127, 127)
+        codes = numbers.to(torch.int8).flatten(-2)[..., :width].contiguous().view(torch.uint8)
+        return codes, scales
+    wanted = peaks / 7.5
+    high, low, token = _bfloat16_above(wanted.amax(-1, keepdim=True))
+    ratio = (_nonzero(token) / wanted.clamp(min=torch.finfo(torch.float32).tiny)).log2()
+    # Between rounding and the larger step: what is cut off at the ends costs more than a wide step.
+    places = (8 * ratio + 0.62).floor_().clamp_(0, 127).long()
+    steps = token * _steps(tap.device)[places]
+    numbers = (values / _nonzero(steps).unsqueeze(-1) + 8).floor_().clamp_(0, 15).byte()
+    pairs = numbers.flatten(-2).view(-1, groups * codec.group // 2, 2)
+    codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return codes, torch.cat([high, low, places.byte() | (carried * CARRIED).byte()], -1)
+
+
+def _decode_tap(
+    codec: Codec, codes: Tensor, scales: Tensor, width: int, before: Tensor | None, out: Tensor
+) -> None:
+    """Decode one tap into `out [n, G, group]`; every operation as in `Codec.decode`."""
+    groups = codec.groups(width)
+    numbers = torch.zeros_like(out) if width % codec.group else torch.empty_like(out)
+    flat = numbers.view(len(out), -1)
+    if codec.name == "int8":
+        flat[:, :width] = codes.view(torch.int8)
+        high, low = scales[:, :groups], scales[:, groups:]
+        steps, carried = _bfloat16(high & 0x7F, low), high >= CARRIED
+    else:
+        flat[:, 0::2] = codes & 15
+        flat[:, 1::2] = codes >> 4
+        flat -= 7.5
+        token, places = _bfloat16(scales[:, :1], scales[:, 1:2]), scales[:, 2:]
+        steps, carried = token * _steps(out.device)[(places & 0x7F).long()], places >= CARRIED
+    _turn(numbers, width, codec.group, out)
+    out *= (steps * _shrink(width, codec.group, out.device)).unsqueeze(-1)
+    if before is not None:
+        out.addcmul_(before, carried.unsqueeze(-1).float())
+
+
+def _turn(values: Tensor, width: int, group: int, out: Tensor) -> None:
+    """Whole groups of `[n, G, group]` times the Hadamard matrix."""
+    if width % group:
+        whole = width // group
+        out[:, whole:] = values[:, whole:]
+        torch.matmul(values[:, :whole], _hadamard(group, group, out.device), out=out[:, :whole])
+        return
+    # Some groups at once, where that makes a matrix worth a product.
+    side = math.gcd(width, max(group, 32))
+    torch.mm(values.view(-1, side), _hadamard(group, side, out.device), out=out.view(-1, side))
+
+
+@lru_cache
+def _hadamard(group: int, side: int, device: torch.device) -> Tensor:
+    """The matrix of `side // group` groups side by side."""
+    matrix: Tensor = torch.block_diag(*[torch.from_numpy(hadamard(group))] * (side // group))
+    return matrix.to(device)
+
+
+@lru_cache
+def _steps(device: torch.device) -> Tensor:
+    return torch.from_numpy(STEPS).to(device)
+
+
+@lru_cache
+def _shrink(width: int, group: int, device: torch.device) -> Tensor:
+    """What makes turning keep lengths, per group."""
+    factors = torch.full((-(-width // group),), group**-0.5, dtype=torch.float32)
+    factors[width // group :] = 1
+    return factors.to(device)
+
+
+def _nonzero(steps: Tensor) -> Tensor:
+    return torch.where(steps == 0, 1.0, steps)
+
+
+def _bfloat16_above(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """High bytes, low bytes and values of the least bfloat16 that is not below `values >= 0`."""
+    bits = (values.contiguous().view(torch.int32) + 0xFFFF) >> 16
+    return (bits >> 8).byte(), (bits & 0xFF).byte(), (bits << 16).view(torch.float32)
+
+
+def _bfloat16(high: Tensor, low: Tensor) -> Tensor:
+    return ((high.int() << 24) | (low.int() << 16)).view(torch.float32)
 
 
 def _split_planes(values: Tensor, size: int) -> Tensor:

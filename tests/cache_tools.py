@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sherl_pipe.cache import CODECS, CacheWriter, Identity, StreamSpec
+import torch
+from sherl_pipe.cache import CODECS, CacheWriter, Codec, Identity, StreamSpec
 from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.layout import assign
+from sherl_pipe.stages import quantize
 
-WIDTH = 70  # not a multiple of int8's group
+WIDTH = 70  # not a multiple of a group
 TAPS = (0, 2, 4)
 
 
@@ -36,6 +38,12 @@ def values_of(example: int, length: int) -> np.ndarray[Any, np.dtype[np.float32]
     return rng.standard_normal((len(TAPS), length, WIDTH)).astype(np.float32)
 
 
+def encode(codec: Codec, values: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """Codes and scales of `values [K, n, d]` as arrays."""
+    codes, scales = quantize.encode(codec, torch.from_numpy(values))
+    return codes.numpy(), None if scales is None else scales.numpy()
+
+
 def write_split(
     path: Path,
     lengths: list[int],
@@ -57,7 +65,7 @@ def write_split(
                 return done
             rows = [values_of(int(e), lengths[e]) for e in layout.members(shard)]
             block = np.concatenate(rows, axis=1)
-            stream.commit(shard, *spec.codec.encode(block * 0 if zero else block))
+            stream.commit(shard, *encode(spec.codec, block * 0 if zero else block))
             done.append(shard)
         stream.finish()
     return done

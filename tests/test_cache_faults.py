@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from cache_tools import identity, ids_of, values_of
+from cache_tools import encode, identity, ids_of, values_of
 from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable, TaskSpec, errors
 from sherl_pipe.cache.layout import assign
 
@@ -47,7 +47,7 @@ def write(path: Path, *splits: str, first: int = 0, pause: float = 0) -> set[tup
             stream = writer.stream(split, "hidden", ids_of(len(lengths), first), layout, {})
             for shard in stream.pending():
                 rows = [values_of(int(e) + first, lengths[e]) for e in layout.members(shard)]
-                stream.commit(shard, *SPEC.codec.encode(np.concatenate(rows, axis=1)))
+                stream.commit(shard, *encode(SPEC.codec, np.concatenate(rows, axis=1)))
                 done.add((split, shard))
                 time.sleep(pause)
             stream.finish()
@@ -80,9 +80,9 @@ def refused(cache: FeatureCache, split: str) -> set[int]:
     """Examples that a split does not give; all that it gives must be the truth."""
     stream, found = cache.stream(split, "hidden"), set()
     for example, length in enumerate(LENGTHS.get(split, LENGTHS[TRAIN])):
-        truth = SPEC.codec.decode(*SPEC.codec.encode(values_of(example, length)), 70)
+        truth = values_of(example, length)
         try:
-            np.testing.assert_array_equal(stream.read_example(example), truth)
+            np.testing.assert_allclose(stream.read_example(example), truth, atol=0.05)
         except errors.CorruptCacheError:
             found.add(example)
     return found
@@ -279,8 +279,8 @@ def test_damaged_shard(tmp_path: Path, name: str, damage: str) -> None:
     files = [copy / f"{HIDDEN}/{name}/c/0/{shard}/0" for shard in (0, 1)]
     good = [file.read_bytes() for file in files]
     foreign = (other / files[0].relative_to(copy)).read_bytes()
-    # Equal lengths: nothing but a hash can tell these.
-    assert len(good[0]) == len(good[1]) == len(foreign)
+    # Values of equal lengths: nothing but a hash can tell these.
+    assert name == "scales" or len(good[0]) == len(good[1]) == len(foreign)
     bad = files if damage == "swapped" else files[:1]
     if damage == "deleted":
         files[0].unlink()

@@ -183,7 +183,7 @@ ROOTS: list[tuple[Place, Any, str]] = [
     (("streams", "hidden", "taps"), [], "taps: expected 1 to 4096, found 0"),
     (("streams", "hidden", "width"), 1 << 40, "width: expected 1 to 1048576"),
     (("streams", "a/b"), {}, "stream name 'a/b': expected letters"),
-    (("codec",), {"name": "blosc"}, "codec: expected one of .*, found 'blosc' .group 0."),
+    (("codec",), {"name": "blosc"}, "codec: expected one of .*, found 'name': 'blosc'."),
     (("codec",), [], "codec: expected one of .*, found list"),
     (("seed",), 10**4000, "made for a cache with other settings"),
     (("seed",), None, "field 'seed': expected int, found None"),

@@ -73,7 +73,10 @@ def test_unknown_keys_name_the_nearest_known_one(
         ("tune: fast", "tune: expected a section with keys, found 'fast'"),
         ("model: 5", "model: expected text, found 5"),
         ("data:\n  tasks: sst2", "data.tasks: expected a list, found 'sst2'"),
-        ("extract:\n  codec: zip", "extract.codec: expected 'float32', 'bfloat16' or 'int8', f"),
+        (
+            "extract:\n  codec: zip",
+            "extract.codec: expected 'float32', 'bfloat16', 'int8' or 'int4', found",
+        ),
         (
             "extract:\n  taps: some",
             "extract.taps: expected 'paper' or 'all' or a list, found 'some",

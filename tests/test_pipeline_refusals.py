@@ -61,7 +61,7 @@ CASES = [
     # Values out of range.
     (2, "'--max-length': 0 is not in the range x>=1", "extract --max-length 0"),
     (2, "'--limit': -3 is not in the range x>=1", "extract --limit -3"),
-    (2, "'--codec': 'int4' is not one of 'float32', 'bfloat16', 'int8'", "extract --codec int4"),
+    (2, "'--codec': 'int2' is not one of 'float32', 'bfloat16', 'int8'", "extract --codec int2"),
     (
         2,
         "--taps: expected paper, all, or numbers such as 0,4,8, found 'some'",

@@ -121,7 +121,7 @@ def test_gradients_equal_live(tmp_path: Path, family: str) -> None:
         assert (gradient - found[name].grad).abs().max() / scale < 1e-3, name
 
 
-@pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1)])
+@pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_lossy_codecs_stay_close(tmp_path: Path, family: str, codec: str, bound: float) -> None:
     setting = prepare(tmp_path, family, codec=codec)

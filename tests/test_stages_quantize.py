@@ -1,60 +1,109 @@
-"""The device's codecs are numpy's, bit for bit, and keep their stated error."""
+"""Codecs: the device decodes what numpy decodes, bit for bit, within the stated error."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from sherl_pipe.cache import CODECS, NonFiniteError
+from cache_tools import encode
+from sherl_pipe.cache import CODECS
 from sherl_pipe.stages import quantize
 
-ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.02}
+# 99th percentile of the relative error of a token, and what a tap like its neighbour may have.
+ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.01, "int4": 0.08}
 
 
 def states(width: int) -> np.ndarray:
-    """Values of every size, with outliers, zeros, and tiny groups."""
+    """Values of every size, with outliers, zeros, tiny groups, and a tap like the one before."""
     rng = np.random.default_rng(0)
-    values = rng.standard_normal((3, 50, width)) * 10.0 ** rng.integers(-6, 4, (3, 50, 1))
+    values = rng.standard_normal((4, 50, width)) * 10.0 ** rng.integers(-6, 4, (4, 50, 1))
+    values[2] = values[1] * 1.1 + 0.01 * values[3]
     values[:, 3] = 0
     values[:, 4] = 1e-9
     values[0, :, 5] *= 40
+    values[:, 6] = 1e-44  # subnormal
     return values.astype(np.float32)
 
 
-@pytest.mark.parametrize("width", [64, 70, 384])
+@pytest.mark.parametrize("width", [8, 36, 64, 70, 384])
 @pytest.mark.parametrize("name", CODECS)
-def test_bit_identical(name: str, width: int) -> None:
+def test_decoding_is_bit_identical(name: str, width: int) -> None:
     codec, values = CODECS[name], states(width)
-    codes, scales = codec.encode(values)
-    device_codes, device_scales = quantize.encode(codec, torch.from_numpy(values))
-    np.testing.assert_array_equal(codes, device_codes.numpy())
-    if scales is not None:
-        assert device_scales is not None
-        np.testing.assert_array_equal(scales, device_scales.numpy())
+    codes, scales = encode(codec, values)
     decoded = codec.decode(codes, scales, width)
-    found = quantize.decode(codec, device_codes, device_scales, width)
-    np.testing.assert_array_equal(decoded, found.numpy())
+    device = [None if each is None else torch.from_numpy(each) for each in (codes, scales)]
+    assert device[0] is not None
+    found = quantize.decode(codec, device[0], device[1], width)
+    np.testing.assert_array_equal(decoded.view(np.uint32), found.numpy().view(np.uint32))
+    picked = quantize.decode(codec, device[0], device[1], width, [2, 0]) if codec.chained else None
+    assert picked is None or torch.equal(picked, found[[2, 0]])
     assert codes.shape[-1] == codec.code_bytes(width)
-    assert not (codes == codec.fill).all(-1).any()
+    assert (0 if scales is None else scales.shape[-1]) == codec.scale_bytes(width)
+    assert np.isfinite(decoded).all() and not decoded[:, 3].any()
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_error_per_token(name: str) -> None:
+def test_rows_that_hold_nothing_decode_to_no_number(name: str) -> None:
     codec = CODECS[name]
-    values = np.random.default_rng(1).standard_normal((2, 400, 384)).astype(np.float32)
-    decoded = codec.decode(*codec.encode(values), 384)
+    codes = np.full((2, 3, codec.code_bytes(70)), codec.fill, np.uint8)
+    scales = np.full((2, 3, codec.scale_bytes(70)), 0xFF, np.uint8)
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(codec.decode(codes, scales, 70)).all()
+
+
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+@pytest.mark.parametrize("name", CODECS)
+def test_error_per_token(name: str, outlier: float) -> None:
+    """Gaussian states, with one channel far above the others as real models have it."""
+    codec, rng = CODECS[name], np.random.default_rng(1)
+    values = rng.standard_normal((3, 400, 384)).astype(np.float32)
+    values[..., 7] *= outlier
+    decoded = codec.decode(*encode(codec, values), 384)
     error = np.linalg.norm(decoded - values, axis=-1) / np.linalg.norm(values, axis=-1)
     assert np.quantile(error, 0.99) <= ERROR[name]
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_tap_near_the_one_before_is_coded_as_their_difference(name: str) -> None:
+    """Smaller numbers or a smaller error; and errors do not add up along the taps."""
+    codec, rng = CODECS[name], np.random.default_rng(2)
+    first = rng.standard_normal((1, 200, 64))
+    near = (first + 0.2 * rng.standard_normal((12, 200, 64)).cumsum(0) * 0.5).astype(np.float32)
+    codes, scales = encode(codec, near)
+    assert scales is not None
+    decoded = codec.decode(codes, scales, 64)
+    error = np.linalg.norm(decoded - near, axis=-1) / np.linalg.norm(near, axis=-1)
+    assert error[-1].mean() <= error[0].mean() * 1.05
+    if name == "int8":
+        spread = np.abs(codes.view(np.int8).astype(int)).mean(axis=(1, 2))
+        assert spread[1:].max() < 0.5 * spread[0]
+    else:
+        assert error[1:].mean() < 0.3 * error[0].mean()
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("int8", np.nan), ("int8", np.inf), ("int8", 9e6), ("bfloat16", 3.4e38), ("float32", np.inf)],
+    [
+        ("int8", np.nan),
+        ("int8", np.inf),
+        ("int4", -np.inf),
+        ("int4", 1e37),
+        ("bfloat16", 3.4e38),
+        ("float32", np.inf),
+    ],
 )
-def test_what_cannot_be_held_is_refused(name: str, bad: float) -> None:
+def test_what_cannot_be_held_is_found(name: str, bad: float) -> None:
     codec, values = CODECS[name], states(70)
+    assert not quantize.overflowed(codec, torch.from_numpy(values)).any()
     values[1, 7, 2] = bad
-    with pytest.raises(NonFiniteError):
-        codec.encode(values)
     flags = quantize.overflowed(codec, torch.from_numpy(values)).numpy()
     assert flags[1, 7] and flags.sum() == 1
+
+
+def test_large_states_are_held() -> None:
+    """Some models have states beyond float16."""
+    values = states(64) * 1e6
+    for name in ("int8", "int4"):
+        decoded = CODECS[name].decode(*encode(CODECS[name], values), 64)
+        error = np.linalg.norm(decoded - values, axis=-1)[:, 7:]
+        assert (error <= 0.12 * np.linalg.norm(values, axis=-1)[:, 7:]).all()
