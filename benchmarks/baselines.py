@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from cached import sherl, sherl_paper
+from cached import sherl, sherl_float32, sherl_int4, sherl_paper
 from glue_tasks import FloatArray, TaskData, holdout_rows, score
 from training import Meter, PooledClassifier, RunResult, load_encoder, predict, train_and_score
 
@@ -112,7 +112,11 @@ METHODS: dict[str, Method] = {
     "full": full,
     "sherl": sherl,
     "sherl_paper": sherl_paper,
+    "sherl_float32": sherl_float32,
+    "sherl_int4": sherl_int4,
 }
+# What is compared at one rate, that of another method.
+RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl"}
 
 # The rates tried per method. A method without rates has nothing to search and no randomness, and
 # is run once.
@@ -123,3 +127,8 @@ LR_GRIDS: dict[str, tuple[float, ...]] = {
     "sherl": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     "sherl_paper": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
 }
+
+
+def rates(name: str) -> tuple[float, ...]:
+    """The rates tried for a method."""
+    return LR_GRIDS[RATES_OF.get(name, name)]

@@ -35,15 +35,27 @@ def sherl_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> 
     return _tuned(task, lr, seed, epochs, init="paper")
 
 
-def _tuned(task: TaskData, lr: float | None, seed: int, epochs: int, *, init: str) -> RunResult:
+def sherl_float32(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
+    """SHERL from features that are stored without loss."""
+    return _tuned(task, lr, seed, epochs, init="residual", codec="float32")
+
+
+def sherl_int4(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
+    """SHERL from the smallest features."""
+    return _tuned(task, lr, seed, epochs, init="residual", codec="int4")
+
+
+def _tuned(
+    task: TaskData, lr: float | None, seed: int, epochs: int, *, init: str, codec: str = "int8"
+) -> RunResult:
     if lr is None:
         raise ValueError("this method needs a learning rate")
     # Costs are measured on the rows of the final runs, so they share the features.
     phase = "final" if task.phase == "cost" else task.phase
     folder = WORK / f"{phase}-{len(task.train)}"
-    cache = folder / "cache" / task.name
+    cache = folder / f"cache-{codec}" / task.name
     started = time.perf_counter()
-    _extract(task, folder, cache)
+    _extract(task, folder, cache, codec)
     extraction = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as out:
         options = {
@@ -69,7 +81,7 @@ def _tuned(task: TaskData, lr: float | None, seed: int, epochs: int, *, init: st
     )
 
 
-def _extract(task: TaskData, folder: Path, cache: Path) -> None:
+def _extract(task: TaskData, folder: Path, cache: Path, codec: str) -> None:
     """The task's rows as files, and their features; does nothing the second time."""
     for role, rows in (("train", task.train_rows), ("validation", task.evaluation_rows)):
         file = folder / "data" / task.name / f"{role}.jsonl"
@@ -81,6 +93,7 @@ def _extract(task: TaskData, folder: Path, cache: Path) -> None:
         "--task": task.name,
         "--cache": cache,
         "--max-length": MAX_LENGTH,
+        "--codec": codec,
     }
     _run(["extract", *(str(part) for pair in options.items() for part in pair)])
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from baselines import LR_GRIDS, METHODS
+from baselines import METHODS, RATES_OF, rates
 from glue_tasks import TASKS, TRAIN_ROWS, load_task
 from records import (
     Record,
@@ -103,7 +103,8 @@ def search(arguments: argparse.Namespace) -> None:
             Run("search", method, task, SEARCH_SEED, lr, arguments.epochs, arguments.rows)
             for task in arguments.tasks
             for method in arguments.methods
-            for lr in LR_GRIDS[method]
+            if method not in RATES_OF
+            for lr in rates(method)
         ),
         arguments,
     )
@@ -113,15 +114,16 @@ def chosen_lr(
     records: Sequence[Record], arguments: argparse.Namespace, name: str, task: str
 ) -> float:
     """The rate that was best on the held-out slice; the lower one of equals."""
+    name = RATES_OF.get(name, name)
     scores = {
         record["lr"]: record["metrics"]["score"]
         for record in matching(records, "search", arguments.epochs, arguments.rows)
         if (record["method"], record["task"]) == (name, task)
     }
-    missing = [lr for lr in LR_GRIDS[name] if lr not in scores]
+    missing = [lr for lr in rates(name) if lr not in scores]
     if missing:
         sys.exit(f"{name} on {task}: run search first, these rates are missing: {missing}")
-    return max(sorted(LR_GRIDS[name]), key=lambda lr: scores[lr])
+    return max(sorted(rates(name)), key=lambda lr: scores[lr])
 
 
 def final(arguments: argparse.Namespace) -> None:
@@ -130,7 +132,7 @@ def final(arguments: argparse.Namespace) -> None:
     runs: list[Run] = []
     for task in arguments.tasks:
         for name in arguments.methods:
-            lr = chosen_lr(records, arguments, name, task) if LR_GRIDS[name] else None
+            lr = chosen_lr(records, arguments, name, task) if rates(name) else None
             seeds = arguments.seeds if lr is not None else arguments.seeds[:1]
             runs += [
                 Run("final", name, task, seed, lr, arguments.epochs, arguments.rows)
@@ -142,7 +144,7 @@ def final(arguments: argparse.Namespace) -> None:
 def costs(arguments: argparse.Namespace) -> None:
     """Time one epoch of every method, task by task, so that all see the same machine."""
     runs = [
-        Run("cost", name, task, 0, next(iter(LR_GRIDS[name]), None), 1, arguments.rows)
+        Run("cost", name, task, 0, next(iter(rates(name)), None), 1, arguments.rows)
         for task in arguments.tasks
         for name in arguments.methods
     ]
@@ -154,7 +156,7 @@ def lr_table(records: Sequence[Record], arguments: argparse.Namespace) -> str:
     rows = [
         [name, *(f"{chosen_lr(records, arguments, name, task):g}" for task in TASKS)]
         for name in arguments.methods
-        if LR_GRIDS[name]
+        if rates(name) and name not in RATES_OF
     ]
     return markdown(["method", *(f"{task} lr" for task in TASKS)], rows)
 
@@ -166,7 +168,7 @@ def table(arguments: argparse.Namespace) -> None:
     final_records = [
         record
         for record in matching(records, "final", arguments.epochs, arguments.rows)
-        if not LR_GRIDS[record["method"]]
+        if not rates(record["method"])
         or record["lr"] == chosen_lr(records, arguments, record["method"], record["task"])
     ]
     print(score_table(final_records, arguments.methods))

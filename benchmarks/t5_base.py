@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "t5_base.jsonl"
 BATCH, REDUCTION, LR = 32, 8, 3e-3
 EPOCHS, TUNINGS = 20, 8
-CODECS = ("float32", "bfloat16", "int8")
+CODECS = ("float32", "bfloat16", "int8", "int4")
 T5_BASE: dict[str, Any] = {
+    "decoder_start_token_id": 0,
     "vocab_size": 32128,
     "d_model": 768,
     "d_kv": 64,
@@ -77,8 +79,8 @@ class Bench:
         """Write the model and the data."""
         if not (self.model / "config.json").exists():
             torch.manual_seed(0)
-            shape = TOY if self.toy else T5_BASE
-            config = transformers.T5Config(**shape, decoder_start_token_id=0)
+            shape: dict[str, Any] = TOY if self.toy else T5_BASE
+            config = transformers.T5Config(**shape)
             transformers.T5ForConditionalGeneration(config).save_pretrained(self.model)
             wordpiece_tokenizer().save_pretrained(self.model)
         for task in ("cola", "sst2"):
@@ -207,10 +209,10 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
     from sherl_pipe.stages.tune import Tuner
 
     cache = FeatureCache.open(bench.folder / f"cache-{codec}")
+    meter = Meter()
     backbone = load_backbone(str(bench.model))
     task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
     settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
-    meter = Meter()
     tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)
     optimizer = torch.optim.AdamW(tuner.parameters.values(), lr=LR, weight_decay=0.0)
     chosen = [batch for epoch in range(2) for batch in tuner.train.epoch(0, epoch, BATCH)]
@@ -233,11 +235,13 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
 def _cached_rows() -> dict[str, Callable[[Bench], Record]]:
     much = 1 << 40
     rows: dict[str, Callable[[Bench], Record]] = {
-        "cached sherl, ready float32 tensors": lambda b: cached(b, "float32", much, ready=True)
+        "cached sherl, ready float32 tensors": partial(
+            cached, codec="float32", budget=much, ready=True
+        )
     }
     for codec in CODECS:
-        rows[f"cached sherl, {codec}, host"] = lambda b, c=codec: cached(b, c, much)
-        rows[f"cached sherl, {codec}, stream"] = lambda b, c=codec: cached(b, c, 0)
+        rows[f"cached sherl, {codec}, host"] = partial(cached, codec=codec, budget=much)
+        rows[f"cached sherl, {codec}, stream"] = partial(cached, codec=codec, budget=0)
     return rows
 
 
