@@ -214,7 +214,7 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
     task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
     settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
     tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)
-    optimizer = torch.optim.AdamW(tuner.parameters.values(), lr=LR, weight_decay=0.0)
+    optimizer = tuner.optimizer()
     chosen = [batch for epoch in range(2) for batch in tuner.train.epoch(0, epoch, BATCH)]
     chosen = [batch for batch in chosen if len(batch) == BATCH][: bench.steps + 2]
     source = iter(list(tuner.train.read(chosen)) if ready else tuner.train.read(chosen))
