@@ -75,3 +75,8 @@ def snapshot(folder: Path, part: str = "") -> dict[str, tuple[int, bytes]]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and part in str(file.relative_to(folder))
     }
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of every file below `folder`."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

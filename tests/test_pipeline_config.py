@@ -22,7 +22,7 @@ from sherl_pipe.pipeline.config import (
     make_config,
     read_config,
 )
-from sherl_pipe.pipeline.steps import check_folder, parse_bytes, pick_device, tunings
+from sherl_pipe.pipeline.opening import check_folder, parse_bytes, pick_device, tunings
 from sherl_pipe.stages.settings import TuneSettings
 
 
@@ -168,7 +168,7 @@ def test_cache_and_data_follow_the_model(
 def configs(monkeypatch: pytest.MonkeyPatch, *argv: object) -> RunConfig:
     """The config that a command line makes."""
     seen: list[RunConfig] = []
-    for name in ("_extract", "_tune"):
+    for name in ("_extract", "_plan", "_tune"):
         monkeypatch.setattr(cli, name, lambda config, **_: seen.append(config))
     done(*argv)
     (config,) = seen
@@ -176,7 +176,7 @@ def configs(monkeypatch: pytest.MonkeyPatch, *argv: object) -> RunConfig:
 
 
 def test_command_line_and_config_have_the_same_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert configs(monkeypatch, "extract") == RunConfig()
+    assert configs(monkeypatch, "extract") == configs(monkeypatch, "plan") == RunConfig()
     assert configs(monkeypatch, "tune", "--cache", "c") == RunConfig(cache=Path("c"))
 
 
@@ -196,10 +196,15 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     for given, default in ((config.data, DataConfig()), (config.extract, ExtractConfig())):
         for field in type(given).model_fields:
             assert getattr(given, field) != getattr(default, field), field
+    costs = "--method lst --reduction 2 --late 2 --epochs 3 --batch-size 5 --memory-budget 1GB"
+    planned = configs(monkeypatch, "plan", *EXTRACT.split(), *costs.split(), "--tunings", 9)
+    assert (planned.data, planned.extract, planned.model) == (config.data, config.extract, "m")
     config = configs(monkeypatch, "tune", *TUNE.split())
     for field in TuneConfig.model_fields:
         assert getattr(config.tune, field) != getattr(TuneConfig(), field), field
     assert config.tune.lr == (0.1, 0.2)
+    for field in ("method", "reduction", "late", "epochs", "batch_size", "memory_budget"):
+        assert getattr(planned.tune, field) == getattr(config.tune, field), field
 
 
 def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
