@@ -15,8 +15,10 @@ from sherl_pipe.pipeline.options import (
     JSON,
     LABEL_COLUMN,
     MOVED,
+    PLAN,
     TEXT_COLUMNS,
     TUNE,
+    extract_values,
     stack,
 )
 
@@ -45,14 +47,23 @@ def extract(**options: Any) -> None:
     """
     from sherl_pipe.pipeline.config import make_config
 
-    data = {
-        key: options.pop(key)
-        for key in ("source", "tasks", "text_columns", "label_column", "limit")
-    }
-    whole = {key: options.pop(key) for key in ("model", "revision", "device", "cache")}
-    options["taps"] = _taps(options["taps"])
-    config = make_config({**whole, "data": data, "extract": options}, "extract")
-    _extract(config)
+    _extract(make_config(extract_values(options), "extract"))
+
+
+@cli.command()
+@stack(PLAN)
+def plan(tunings: int | None, as_json: bool, **options: Any) -> None:
+    """Say what extract and tune would take, after some seconds of measuring.
+
+    Takes the options of extract, and of tune those that change its costs. Plans for an empty cache
+    and writes nothing to it.
+    """
+    from sherl_pipe.pipeline.config import make_config
+
+    names = ("method", "reduction", "late", "epochs", "batch_size", "memory_budget")
+    tune = {name: options.pop(name) for name in names}
+    config = make_config({**extract_values(options), "tune": tune}, "plan")
+    _plan(config, tunings=tunings, as_json=as_json)
 
 
 @cli.command()
@@ -247,6 +258,18 @@ def _extract(config: RunConfig) -> None:
     console.results().print(report.extract_table(reports, f"cache {config.cache_path}"))
 
 
+def _plan(config: RunConfig, *, tunings: int | None, as_json: bool) -> None:
+    from sherl_pipe.pipeline import console, planning, report_plan
+
+    with console.bars() as bars:
+        planned = planning.run_plan(config, bars, tunings)
+    if as_json:
+        _print_json(report_plan.describe(planned))
+        return
+    for part in report_plan.tables(planned):
+        console.results().print(part)
+
+
 def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:
     from dataclasses import asdict
 
@@ -258,17 +281,6 @@ def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:
         _print_json([asdict(result) for result in results])
         return
     console.results().print(report.tune_table(results))
-
-
-def _taps(text: str) -> str | tuple[int, ...]:
-    if text in ("paper", "all"):
-        return text
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(
-            f"expected paper, all, or numbers such as 0,4,8, found {text!r}", param_hint="--taps"
-        ) from error
 
 
 def _print_json(data: Any, indent: int | None = 1) -> None:

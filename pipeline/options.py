@@ -30,6 +30,16 @@ TEXT_COLUMNS = click.option(
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
+METHOD = click.option("--method", default="sherl")
+REDUCTION = click.option("--reduction", type=click.IntRange(1), help="Width over reduced width.")
+LATE = click.option("--late", type=click.IntRange(1), default=1, help="Late blocks.")
+EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
+BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
+MEMORY_BUDGET = click.option(
+    "--memory-budget",
+    help="Host memory for features, such as 4GB.  [default: half of what is free]",
+)
+
 EXTRACT = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
@@ -48,7 +58,12 @@ EXTRACT = [
     TEXT_COLUMNS,
     LABEL_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
-    click.option("--codec", type=click.Choice(["float32", "bfloat16", "int8", "int4"]), default="int8"),
+    click.option(
+        "--codec",
+        type=click.Choice(["float32", "bfloat16", "int8", "int4"]),
+        default="int8",
+        help="How features are stored.",
+    ),
     click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
     click.option(
         "--template",
@@ -74,12 +89,12 @@ TUNE = [
     CACHE,
     MOVED,
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
-    click.option("--method", default="sherl"),
-    click.option("--reduction", type=click.IntRange(1), help="Width over reduced width."),
-    click.option("--late", type=click.IntRange(1), default=1, help="Late blocks."),
+    METHOD,
+    REDUCTION,
+    LATE,
     click.option("--lr", type=float, multiple=True, help="Peak learning rate (repeatable)."),
-    click.option("--epochs", type=click.IntRange(1), default=10),
-    click.option("--batch-size", type=click.IntRange(1), default=32),
+    EPOCHS,
+    BATCH_SIZE,
     click.option("--seed", type=click.IntRange(0), multiple=True, help="Repeatable.  [default: 0]"),
     click.option("--warmup", type=float, default=0.1, help="Share of the steps."),
     click.option("--weight-decay", type=float, default=0.0),
@@ -92,11 +107,45 @@ TUNE = [
         help="Of an encoder's head.",
     ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
-    click.option(
-        "--memory-budget",
-        help="Host memory for features, such as 4GB.  [default: half of what is free]",
-    ),
+    MEMORY_BUDGET,
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
     DEVICE,
     JSON,
 ]
+
+PLAN = [
+    *EXTRACT,
+    METHOD,
+    REDUCTION,
+    LATE,
+    EPOCHS,
+    BATCH_SIZE,
+    MEMORY_BUDGET,
+    click.option(
+        "--tunings",
+        type=click.IntRange(1),
+        help="How many tunings will share the cache.  [default: one for each labelled task]",
+    ),
+    JSON,
+]
+
+
+def extract_values(options: dict[str, Any]) -> dict[str, Any]:
+    """The values of EXTRACT's options, as `RunConfig` has them."""
+    rest = dict(options)
+    data = {
+        key: rest.pop(key) for key in ("source", "tasks", "text_columns", "label_column", "limit")
+    }
+    whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
+    return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
+
+
+def _taps(text: str) -> str | tuple[int, ...]:
+    if text in ("paper", "all"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"expected paper, all, or numbers such as 0,4,8, found {text!r}", param_hint="--taps"
+        ) from error

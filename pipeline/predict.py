@@ -11,7 +11,7 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.steps import pick_device
+from sherl_pipe.pipeline.opening import pick_device
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import check_text, load_sources

@@ -11,6 +11,8 @@ from typing import Any
 
 from sherl_pipe.cache.store import LocalStore
 
+# Of the last extraction into a cache that went to its end.
+RECORD = "_run.json"
 PACKAGES = ("sherl-pipe", "torch", "transformers", "zarr", "numcodecs", "numpy")
 
 
@@ -19,8 +21,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def write_record(folder: Path, config: Any, cache: dict[str, Any], name: str = "run.json") -> None:
-    """Write `run.json` into `folder`, replacing an earlier one.
+def record_body(config: Any, cache: dict[str, Any]) -> bytes:
+    """The content of `run.json`.
 
     Args:
         config: the resolved settings, as JSON.
@@ -32,4 +34,9 @@ def write_record(folder: Path, config: Any, cache: dict[str, Any], name: str = "
         "versions": versions(),
         "cache": cache,
     }
-    LocalStore(folder).replace(name, json.dumps(body, indent=1, default=str).encode())
+    return json.dumps(body, indent=1, default=str).encode()
+
+
+def write_record(folder: Path, config: Any, cache: dict[str, Any], name: str = "run.json") -> None:
+    """Write `run.json` into `folder`, replacing an earlier one; see `record_body`."""
+    LocalStore(folder).replace(name, record_body(config, cache))

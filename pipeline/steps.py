@@ -2,178 +2,68 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import psutil
-import torch
-from sherl_pipe.cache import (
-    CODECS,
-    CacheWriter,
-    FeatureCache,
-    Identity,
-    InputError,
-    TaskSpec,
-)
-from sherl_pipe.cache.errors import IncompleteSplitError, explain
-from sherl_pipe.cache.schema import check_name
+from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, TaskSpec
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.record import versions, write_record
+from sherl_pipe.pipeline.opening import (
+    DTYPES,
+    Prepared,
+    check_folder,
+    check_words,
+    held_examples,
+    parse_bytes,
+    pick_device,
+    prepare,
+    spare_threads,
+    tunings,
+)
+from sherl_pipe.pipeline.planning import require_space
+from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.data import DEMO_DATA, load_sources
-from sherl_pipe.stages.extract import Extractor, Report, identify, missing_words
-from sherl_pipe.stages.settings import TuneResult, TuneSettings
-from sherl_pipe.stages.targets import label_tables
+from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.templates import make_template
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
 from sherl_pipe.stages.tune import Tuner
-from sherl_pipe.stages.words import PrefixTree
-
-# Parameters below which threads do not pay.
-TINY = 5_000_000
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
-DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 6e-3}
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises InputError for a device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(device.type)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
-        ) from error
-    return device
-
-
-def spare_threads(backbone: Backbone) -> None:
-    """One thread for a tiny model on the CPU: its kernels are too small to be shared, and on a
-    busy machine threads that wait for one another cost many times the work."""
-    if backbone.device.type == "cpu" and backbone.parameters < TINY:
-        torch.set_num_threads(1)
-
-
-def parse_bytes(text: str | None) -> int:
-    """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
-    if text is None:
-        return int(psutil.virtual_memory().available // 2)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
-    if match is None:
-        raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
 def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     """Stage one: features, labels and label words of every split. Resumes.
 
-    Raises what loading, extraction and storage raise.
+    Raises what loading, extraction and storage raise; StorageError before anything is written
+    where the disk cannot hold it.
     """
-    data, path = config.data, check_folder(config.cache_path, "cache")
-    sources = load_sources(
-        config.data_source,
-        text_columns=data.text_columns,
-        label_column=data.label_column,
-        tasks=data.tasks,
-        limit=data.limit,
-    )
-    for source in sources:
-        check_name(source.name)  # now, and not when its turn comes after hours
-    backbone, tokenizer, identity = _open_for_extraction(config)
-    seq2seq = backbone.family.seq2seq
-    say(_before_extract(config, backbone, identity, len(sources), path))
-    templates = {
-        source.name: make_template(identity.template, source.task, source.columns, seq2seq=seq2seq)
-        for source in sources
-    }
-    tables = label_tables(sources, templates)
-    for table in tables if seq2seq else ():
-        check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
+    ready = prepare(config)
+    path, identity = ready.path, ready.identity
+    say(_before_extract(ready))
+    require_space(ready, bars)
     reports = []
     with CacheWriter.open(path, identity) as writer:
         extractor = Extractor(
             writer,
-            backbone,
-            tokenizer,
+            ready.backbone,
+            ready.tokenizer,
             batch_tokens=config.extract.batch_tokens,
             shard_bytes=config.extract.shard_mib << 20,
             progress=bars,
             announce=say,
         )
-        known = _held_examples(path)
-        for source in sources:
-            reports.append(extractor.split(source, templates[source.name], known))
-        for table in tables:
+        known = held_examples(path)
+        for source in ready.sources:
+            reports.append(extractor.split(source, ready.templates[source.name], known))
+        for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
-        if seq2seq:
+        if ready.backbone.family.seq2seq:
             reports += _extract_words(extractor, FeatureCache.open(path))
         where = {"path": str(path), "identity": identity.fingerprint()}
-        write_record(path, config.model_dump(mode="json"), where, name="_run.json")
+        write_record(path, config.model_dump(mode="json"), where, name=RECORD)
     return reports
-
-
-def _open_for_extraction(config: RunConfig) -> tuple[Backbone, Any, Identity]:
-    """The backbone as the config wants it, its tokenizer, and the identity of their cache."""
-    settings = config.extract
-    backbone = load_backbone(
-        config.model,
-        revision=config.revision,
-        dtype=DTYPES[settings.dtype],
-        device=pick_device(config.device),
-    )
-    spare_threads(backbone)
-    tokenizer = load_tokenizer(config.model, config.revision)
-    # The demo's tasks label the same sentences.
-    named = backbone.family.seq2seq and config.data_source != DEMO_DATA
-    identity = identify(
-        backbone,
-        tokenizer,
-        template=settings.template or ("task" if named else "neutral"),
-        max_length=min(settings.max_length, positions(backbone) or settings.max_length),
-        codec=CODECS[settings.codec],
-        taps=settings.taps,
-        versions=versions(),
-    )
-    return backbone, tokenizer, identity
-
-
-def check_folder(path: Path, option: str) -> Path:
-    """`path`, if a folder is or can be there. Raises InputError naming the option."""
-    if path.exists() and not path.is_dir():
-        raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
-    return path
-
-
-def positions(backbone: Backbone) -> int | None:
-    """Tokens that a model with learned positions can read; None where any number goes."""
-    embeddings = getattr(backbone.model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    if table is None:
-        return None
-    # RoBERTa counts positions from behind its padding index.
-    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def _held_examples(path: Path) -> dict[bytes, str]:
-    try:
-        places = FeatureCache.open(path).places
-    except IncompleteSplitError:
-        return {}
-    return {identity: split for identity, (split, _) in places.items()}
 
 
 def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
@@ -182,15 +72,15 @@ def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
     return [extractor.words(cache, split, tree) for split, tree in missing]
 
 
-def _before_extract(
-    config: RunConfig, backbone: Backbone, identity: Identity, splits: int, path: Path
-) -> str:
-    taps = "; ".join(f"{name} {list(spec.taps)}" for name, spec in identity.streams.items())
-    free = LocalStore(path).free_bytes() / 2**30
+def _before_extract(ready: Prepared) -> str:
+    config, backbone, streams = ready.config, ready.backbone, ready.identity.streams
+    taps = "; ".join(f"{name} {list(spec.taps)}" for name, spec in streams.items())
+    free = LocalStore(ready.path).free_bytes() / 2**30
     return (
         f"extract: {config.model} ({backbone.parameters / 1e6:.1f} M parameters, "
-        f"{config.extract.dtype}) on {backbone.device}; {splits} splits of {config.data_source}; "
-        f"taps {taps}; codec {identity.codec.name}; into {path} ({free:.0f} GiB free)"
+        f"{config.extract.dtype}) on {backbone.device}; {len(ready.sources)} splits of "
+        f"{config.data_source}; taps {taps}; codec {ready.identity.codec.name}; into "
+        f"{ready.path} ({free:.0f} GiB free)"
     )
 
 
@@ -229,14 +119,6 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
     return lambda task, spec: check_words(task, spec, tokenizer)
 
 
-def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
-    """Raise InputError for label words that are the same to the tokenizer."""
-    try:
-        PrefixTree.of_words(spec.words, tokenizer, 0)
-    except InputError as error:
-        raise InputError(f"task {task}: {error}") from error
-
-
 def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
     """Stage two: every task, learning rate and seed, one after another. Resumes.
 
@@ -271,23 +153,3 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
                 write_record(folder, config.model_dump(mode="json"), where)
             results.append(result)
     return results
-
-
-def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
-    """The settings of every tuning of a task: learning rates times seeds."""
-    tune = config.tune
-    rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
-    base = TuneSettings(
-        method=tune.method,
-        reduction=tune.reduction or 4,
-        late=tune.late,
-        epochs=tune.epochs,
-        batch_size=tune.batch_size,
-        warmup=tune.warmup,
-        weight_decay=tune.weight_decay,
-        clip=tune.clip,
-        init=tune.init,
-        pool=tune.pool,
-        precision=tune.precision,
-    )
-    return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from sherl_pipe.cache import (
     Codec,
     FeatureCache,
     Identity,
-    StorageError,
+    LabelTable,
     StreamSpec,
     StreamWriter,
 )
@@ -25,7 +24,7 @@ from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.tokens import tokenize, tokenizer_fingerprint
+from sherl_pipe.stages.tokens import Tokens, tokenize, tokenizer_fingerprint
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -65,6 +64,61 @@ def identify(
         codec=codec,
         versions=versions,
     )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a split asks for.
+
+    Attributes:
+        rows: of the data.
+        distinct: different inputs among them.
+        texts: rendered segments by example id, of inputs that no split before this one holds.
+        template: that rendered them.
+    """
+
+    rows: int
+    distinct: int
+    texts: Mapping[bytes, tuple[str, ...]]
+    template: Template
+
+    @property
+    def reused(self) -> int:
+        """Inputs that another split holds already."""
+        return self.distinct - len(self.texts)
+
+    def notes(self, tokens: Tokens) -> dict[str, Any]:
+        """What the main stream's manifest says of them."""
+        return {
+            "template": self.template.to_json(),
+            "reused": self.reused,
+            "truncated": tokens.truncated,
+        }
+
+
+def inputs_of(source: Source, template: Template, known: dict[bytes, str]) -> Inputs:
+    """The inputs of a split. `known`, the split of every example, gets those of this one."""
+    distinct: dict[bytes, tuple[str, ...]] = {}
+    for texts in source.texts(template):
+        distinct.setdefault(example_id(texts), texts)
+    here = {
+        identity: texts
+        for identity, texts in distinct.items()
+        if known.setdefault(identity, source.name) == source.name
+    }
+    return Inputs(len(source.rows), len(distinct), here, template)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What inputs are padded with; the mask hides it, so any id will do."""
+    pad = tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def token_bytes(codec: Codec, spec: StreamSpec) -> int:
+    """Bytes of all taps of one token before compression."""
+    row = codec.row_bytes(spec.width)
+    return row * len(spec.taps)
 
 
 @dataclass
@@ -125,32 +179,20 @@ class Extractor:
 
         Raises NonFiniteError, StaleCacheError, StorageError.
         """
-        stream = "encoder" if self.backbone.family.seq2seq else "hidden"
-        distinct: dict[bytes, tuple[str, ...]] = {}
-        for texts in source.texts(template):
-            distinct.setdefault(example_id(texts), texts)
-        here = {
-            identity: texts
-            for identity, texts in distinct.items()
-            if known.setdefault(identity, source.name) == source.name
-        }
+        stream = self.backbone.family.main
+        inputs = inputs_of(source, template, known)
         tokens = tokenize(
-            self.tokenizer, list(here.values()), self.identity.max_length, self.progress
+            self.tokenizer, list(inputs.texts.values()), self.identity.max_length, self.progress
         )
         spec = self.identity.streams[stream]
         capacity = shard_capacity(spec, self.identity.codec, self.shard_bytes)
         layout = assign(tokens.lengths, capacity, self.identity.seed)
-        reused = len(distinct) - len(here)
-        notes = {
-            "template": template.to_json(),
-            "reused": reused,
-            "truncated": tokens.truncated,
-        }
-        ids = list(here)
+        ids, notes = list(inputs.texts), inputs.notes(tokens)
         out = self.writer.stream(source.name, stream, ids, layout, notes)
-        report = self._report(out, layout, reused=reused, truncated=tokens.truncated)
+        report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
         if out.pending():
-            pass_ = MainPass(self.backbone, stream, spec, tokens, self._pad_id(), self.batch_tokens)
+            pad = pad_id(self.tokenizer)
+            pass_ = MainPass(self.backbone, stream, spec, tokens, pad, self.batch_tokens)
             self._run(out, layout, ids, pass_.states, report)
         out.finish()
         return report
@@ -186,10 +228,6 @@ class Extractor:
             **counts,
         )
 
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
-
     def _run(
         self,
         out: StreamWriter,
@@ -203,7 +241,8 @@ class Extractor:
         total = sum(layout.used_rows(shard) for shard in pending)
         done = 0
         what = f"{out.split} {out.stream}"
-        self._check_space(out, total)
+        need = total * token_bytes(self.identity.codec, out.spec)
+        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             committing: Future[int] | None = None
             for shard in pending:
@@ -221,21 +260,6 @@ class Extractor:
             if committing is not None:
                 report.bytes_written += committing.result()
 
-    def _check_space(self, out: StreamWriter, rows: int) -> None:
-        """Say how big it gets. Raises StorageError where the disk cannot hold it."""
-        codec, spec = self.identity.codec, out.spec
-        row = codec.row_bytes(spec.width)
-        need, free = rows * row * len(spec.taps), self.writer.store.free_bytes()
-        self.announce(
-            f"{out.split} {out.stream}: {rows:,} tokens to do, up to {need / 2**20:,.0f} MiB"
-        )
-        if need > free:
-            raise StorageError(
-                errno.ENOSPC,
-                f"{self.writer.store.root}: {out.split} {out.stream} needs up to {need:,} bytes, "
-                f"{free:,} are free. Free space, choose another --cache, or a smaller --codec.",
-            )
-
 
 def missing_words(cache: FeatureCache, tokenizer: Any, start: int) -> list[tuple[str, PrefixTree]]:
     """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
@@ -245,14 +269,29 @@ def missing_words(cache: FeatureCache, tokenizer: Any, start: int) -> list[tuple
         tokenizer: the backbone's.
         start: token id that decoding starts from.
     """
-    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
-    for table in (table for roles in cache.tasks.values() for table in roles.values()):
-        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
-        splits = {cache.places[each][0] for each in table.ids if each in cache.places}
-        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
+    places = {identity: split for identity, (split, _) in cache.places.items()}
+    tables = (table for roles in cache.tasks.values() for table in roles.values())
     return [
         (split, tree)
-        for stream, (tree, splits) in needed.items()
-        for split in sorted(splits)
-        if stream not in cache.streams(split)
+        for tree, splits in words_of(tables, places, tokenizer, start)
+        for split in splits
+        if tree.stream not in cache.streams(split)
     ]
+
+
+def words_of(
+    tables: Iterable[LabelTable], places: Mapping[bytes, str], tokenizer: Any, start: int
+) -> list[tuple[PrefixTree, list[str]]]:
+    """The prefix trees that label tables need, each with the splits that hold its examples.
+
+    Args:
+        tables: labels of the tasks.
+        places: the split of every example.
+        tokenizer, start: as for `missing_words`.
+    """
+    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
+    for table in tables:
+        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
+        splits = {places[each] for each in table.ids if each in places}
+        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
+    return [(tree, sorted(splits)) for tree, splits in needed.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from sherl_pipe.cache import Codec, NonFiniteError, Stream, StreamSpec
 from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages import quantize
 from sherl_pipe.stages.backbone import Backbone, blocks_of
-from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.features import Batch, Packed
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
@@ -107,11 +107,43 @@ class MainPass:
         """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
         members = layout.members(shard)
         for batch in token_batches(members, self._tokens.lengths, self._batch_tokens):
-            inputs = self._tokens.batch(batch.tolist(), self._pad_id)
-            inputs = {name: values.to(self._device) for name, values in inputs.items()}
-            self._model(**inputs)
-            mask = inputs["attention_mask"].bool()
-            yield torch.stack([self._recorder.states[tap][mask] for tap in self._spec.taps])
+            yield self.of(batch)
+
+    def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
+        """`[K, n, d]` of some examples, in one forward pass."""
+        inputs = self._tokens.batch(examples.tolist(), self._pad_id)
+        inputs = {name: values.to(self._device) for name, values in inputs.items()}
+        self._model(**inputs)
+        mask = inputs["attention_mask"].bool()
+        return torch.stack([self._recorder.states[tap][mask] for tap in self._spec.taps])
+
+
+class DecoderPass:
+    """A T5 decoder up to its last tap, over given encoder states."""
+
+    def __init__(self, backbone: Backbone, taps: Sequence[int]) -> None:
+        model: Any = cut_after(backbone, "decoder", taps[-1])
+        self._recorder = TapRecorder(blocks_of(model, backbone.family, "decoder"), taps)
+        self._decoder = model.decoder
+        self._norm = model.encoder.final_layer_norm
+        self._taps, self._dtype = taps, backbone.dtype
+
+    def states(self, encoder: Packed, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """`[K, B, P, d]` at every position.
+
+        Args:
+            encoder: its top tap, `states [1, n, d]`.
+            inputs: decoder token ids `[B, P]`.
+            mask: additive, `[B, 1, P, P]`; causal where None.
+        """
+        self._decoder(
+            input_ids=inputs,
+            attention_mask=mask,
+            encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
+            encoder_attention_mask=encoder.mask.long(),
+            use_cache=False,
+        )
+        return torch.stack([self._recorder.states[tap] for tap in self._taps])
 
 
 class WordsPass:
@@ -120,11 +152,8 @@ class WordsPass:
     def __init__(
         self, backbone: Backbone, spec: StreamSpec, encoder: Stream, tree: PrefixTree, batch: int
     ) -> None:
-        model: Any = cut_after(backbone, "decoder", spec.taps[-1])
-        self._recorder = TapRecorder(blocks_of(model, backbone.family, "decoder"), spec.taps)
-        self._decoder = model.decoder
-        self._norm = model.encoder.final_layer_norm
-        self._encoder, self._tree, self._spec = encoder, tree, spec
+        self._decoder = DecoderPass(backbone, spec.taps)
+        self._encoder, self._tree = encoder, tree
         self._device, self._dtype, self._batch = backbone.device, backbone.dtype, batch
 
     @torch.inference_mode()
@@ -149,14 +178,57 @@ class WordsPass:
                 data.picks,
             )
             lengths = torch.from_numpy(index[batch, 2]).to(self._device)
-            packed = Packed(state, lengths)
-            memory = packed.pad(self._norm(state[0].to(self._dtype)))
-            self._decoder(
-                input_ids=tokens.expand(len(batch), -1),
-                attention_mask=mask.expand(len(batch), -1, -1, -1),
-                encoder_hidden_states=memory,
-                encoder_attention_mask=packed.mask.long(),
-                use_cache=False,
+            states = self._decoder.states(
+                Packed(state, lengths),
+                tokens.expand(len(batch), -1),
+                mask.expand(len(batch), -1, -1, -1),
             )
-            states = torch.stack([self._recorder.states[tap] for tap in self._spec.taps])
             yield states[:, :, first].flatten(1, 2)
+
+
+class LivePass:
+    """The features of training batches without a cache: the frozen forward, batch by batch.
+
+    Args:
+        backbone: the frozen model.
+        reads: taps by role, as a route reads them.
+        tokens: of all inputs.
+        pad_id: of the tokenizer.
+        tree: label words; text-to-text backbones only.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reads: Mapping[str, Sequence[int]],
+        tokens: Tokens,
+        pad_id: int,
+        tree: PrefixTree | None,
+    ) -> None:
+        self._role = backbone.family.main
+        self._tree, self._tokens, self._device = tree, tokens, backbone.device
+        blocks, taps = len(backbone.blocks(self._role)), tuple(reads[self._role])
+        self._kept = len(taps)
+        if tree is not None and taps[-1] != blocks:
+            taps = (*taps, blocks)  # what the decoder attends to
+        spec = StreamSpec(taps, blocks, backbone.width)
+        self._main = MainPass(backbone, self._role, spec, tokens, pad_id, 0)
+        self._decoder = DecoderPass(backbone, reads["decoder"]) if tree is not None else None
+
+    @torch.no_grad()
+    def batch(self, rows: npt.NDArray[np.int64], words: npt.NDArray[np.int64] | None) -> Batch:
+        """The inputs `rows` as a training batch; `words` are the labels' numbers in the tree."""
+        states = self._main.of(rows)
+        lengths = torch.from_numpy(self._tokens.lengths[rows]).to(self._device)
+        streams = {self._role: Packed(states[: self._kept].float(), lengths)}
+        if self._decoder is not None and self._tree is not None and words is not None:
+            paths = [self._tree.words[word] for word in words.tolist()]
+            inputs = torch.zeros(len(paths), max(map(len, paths)), dtype=torch.long)
+            for row, path in enumerate(paths):
+                inputs[row, : len(path)] = torch.tensor([self._tree.start, *path[:-1]])
+            sizes = torch.tensor([len(path) for path in paths], device=self._device)
+            top = Packed(states[-1:], lengths)
+            deep = self._decoder.states(top, inputs.to(self._device), None)
+            inside = torch.arange(inputs.shape[1], device=self._device) < sizes[:, None]
+            streams["decoder"] = Packed(deep[:, inside].float(), sizes)
+        return Batch(rows, streams)

@@ -182,7 +182,9 @@ class SherlSeq2Seq(nn.Module):
 
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 state, attention, bias, memory, *rest = args
-                memory = memory[..., width:] if late else memory[..., :width]
+                # Torch takes both halves for trained because one is; backpropagation would run
+                # through all the frozen blocks for nothing.
+                memory = memory[..., width:] if late else memory[..., :width].detach()
                 if number == first_late:
                     state = consolidate("decoder", decoder_states)
                 return (state, attention, bias, memory, *rest), kwargs

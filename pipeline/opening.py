@@ -1,0 +1,211 @@
+"""What both stages begin with: devices, folders, models, data."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from sherl_pipe.cache import CODECS, FeatureCache, Identity, InputError, LabelTable, TaskSpec
+from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.schema import check_name
+from sherl_pipe.pipeline.config import RunConfig
+from sherl_pipe.pipeline.record import versions
+from sherl_pipe.stages.backbone import Backbone, load_backbone
+from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
+from sherl_pipe.stages.extract import identify
+from sherl_pipe.stages.settings import TuneSettings
+from sherl_pipe.stages.targets import label_tables
+from sherl_pipe.stages.templates import Template, make_template
+from sherl_pipe.stages.tokens import load_tokenizer
+from sherl_pipe.stages.words import PrefixTree
+
+# Parameters below which threads do not pay.
+TINY = 5_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
+DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 6e-3}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An extraction that is ready to start.
+
+    Attributes:
+        path: of the cache.
+        sources: splits of the data.
+        templates: by split name.
+        tables: labels of every labelled split.
+        data_seconds, loading_seconds: that reading the data and loading the model took.
+    """
+
+    config: RunConfig
+    path: Path
+    sources: Sequence[Source]
+    templates: Mapping[str, Template]
+    tables: Sequence[LabelTable]
+    backbone: Backbone
+    tokenizer: Any
+    identity: Identity
+    data_seconds: float
+    loading_seconds: float
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Find data and model of an extraction; refuse what would fail later.
+
+    Raises what loading raises, and InputError, UnsafeError for data that cannot be used.
+    """
+    begun = time.perf_counter()
+    data, path = config.data, check_folder(config.cache_path, "cache")
+    sources = load_sources(
+        config.data_source,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        tasks=data.tasks,
+        limit=data.limit,
+    )
+    for source in sources:
+        check_name(source.name)  # now, and not when its turn comes after hours
+    read = time.perf_counter()
+    backbone, tokenizer, identity = _open(config)
+    loaded = time.perf_counter()
+    seq2seq = backbone.family.seq2seq
+    templates = {
+        source.name: make_template(identity.template, source.task, source.columns, seq2seq=seq2seq)
+        for source in sources
+    }
+    tables = label_tables(sources, templates)
+    for table in tables if seq2seq else ():
+        check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
+    return Prepared(
+        config,
+        path,
+        sources,
+        templates,
+        tables,
+        backbone,
+        tokenizer,
+        identity,
+        data_seconds=read - begun + time.perf_counter() - loaded,
+        loading_seconds=loaded - read,
+    )
+
+
+def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
+    """The backbone as the config wants it, its tokenizer, and the identity of their cache."""
+    settings = config.extract
+    backbone = load_backbone(
+        config.model,
+        revision=config.revision,
+        dtype=DTYPES[settings.dtype],
+        device=pick_device(config.device),
+    )
+    spare_threads(backbone)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    # The demo's tasks label the same sentences.
+    named = backbone.family.seq2seq and config.data_source != DEMO_DATA
+    identity = identify(
+        backbone,
+        tokenizer,
+        template=settings.template or ("task" if named else "neutral"),
+        max_length=min(settings.max_length, positions(backbone) or settings.max_length),
+        codec=CODECS[settings.codec],
+        taps=settings.taps,
+        versions=versions(),
+    )
+    return backbone, tokenizer, identity
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises InputError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(device.type)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
+        ) from error
+    return device
+
+
+def spare_threads(backbone: Backbone) -> None:
+    """One thread for a tiny model on the CPU: its kernels are too small to be shared, and on a
+    busy machine threads that wait for one another cost many times the work."""
+    if backbone.device.type == "cpu" and backbone.parameters < TINY:
+        torch.set_num_threads(1)
+
+
+def parse_bytes(text: str | None) -> int:
+    """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
+    if text is None:
+        return int(psutil.virtual_memory().available // 2)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    if match is None:
+        raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+
+
+def check_folder(path: Path, option: str) -> Path:
+    """`path`, if a folder is or can be there. Raises InputError naming the option."""
+    if path.exists() and not path.is_dir():
+        raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
+    return path
+
+
+def positions(backbone: Backbone) -> int | None:
+    """Tokens that a model with learned positions can read; None where any number goes."""
+    embeddings = getattr(backbone.model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if table is None:
+        return None
+    # RoBERTa counts positions from behind its padding index.
+    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
+    """Raise InputError for label words that are the same to the tokenizer."""
+    try:
+        PrefixTree.of_words(spec.words, tokenizer, 0)
+    except InputError as error:
+        raise InputError(f"task {task}: {error}") from error
+
+
+def held_examples(path: Path) -> dict[bytes, str]:
+    """The split of every example in a cache. Raises what opening it raises."""
+    try:
+        places = FeatureCache.open(path).places
+    except IncompleteSplitError:
+        return {}
+    return {identity: split for identity, (split, _) in places.items()}
+
+
+def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
+    """The settings of every tuning of a task: learning rates times seeds."""
+    tune = config.tune
+    rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
+    base = TuneSettings(
+        method=tune.method,
+        reduction=tune.reduction or 4,
+        late=tune.late,
+        epochs=tune.epochs,
+        batch_size=tune.batch_size,
+        warmup=tune.warmup,
+        weight_decay=tune.weight_decay,
+        clip=tune.clip,
+        init=tune.init,
+        pool=tune.pool,
+        precision=tune.precision,
+    )
+    return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]

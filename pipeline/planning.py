@@ -1,0 +1,264 @@
+"""Measuring before anything big runs: `sherl-pipe plan`, and whether a disk is large enough."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, InputError, LabelTable, StorageError
+from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.pipeline.config import RunConfig
+from sherl_pipe.pipeline.console import Bars, say
+from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, prepare, tunings
+from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_bytes
+from sherl_pipe.pipeline.record import RECORD, record_body
+from sherl_pipe.stages.amounts import Amount
+from sherl_pipe.stages.extract import words_of
+from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
+from sherl_pipe.stages.rehearse import measure_steps
+from sherl_pipe.stages.sample import choose
+from sherl_pipe.stages.scratch import memory_writer
+from sherl_pipe.stages.survey import Survey, Trees, amounts, survey, task_amounts, upper_bound
+from sherl_pipe.stages.task import train_and_held_out
+from sherl_pipe.stages.words import PrefixTree
+
+# Seconds for each part of the measuring: tokenising, forward passes, label words, steps.
+SECONDS = 1.5
+# A sample is small beside this; with less free space it is not put on that disk.
+ROOM = 1 << 30
+# Rows of a label table whose size is measured.
+LABEL_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what it was made from.
+
+    Attributes:
+        sample_tokens: inputs that were run, in tokens.
+        seconds: that measuring took, the model's loading aside.
+    """
+
+    ready: Prepared
+    wanted: Wanted
+    counted: Survey
+    found: Measured
+    plan: Plan
+    sample_tokens: int
+    seconds: float
+
+
+def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -> Planned:
+    """Measure for some seconds what extraction and tuning will take. Leaves nothing behind.
+
+    The plan is of a cache that is still empty.
+
+    Args:
+        config: of both stages; learning rates and seeds make no difference.
+        tunings_wanted: how many tunings there will be; by default one for each task.
+
+    Raises what an extraction raises before and at its first shard.
+    """
+    budget = parse_bytes(config.tune.memory_budget)
+    ready = prepare(config)
+    begun = time.perf_counter()
+    say(f"plan: {config.model} on {ready.backbone.device}; measuring for some seconds")
+    setup = _setup(ready)
+    counted, trees = _count(ready, {}, bars)
+    tables = _training_rows(ready.tables)
+    sample = choose(counted, tables, config.tune.batch_size, _sample_tokens(setup, counted))
+    others = [
+        memory_writer(replace(ready.identity, codec=codec))
+        for codec in CODECS.values()
+        if codec != ready.identity.codec
+    ]
+    settings = tunings(config, seq2seq=ready.backbone.family.seq2seq)[0]
+    with ExitStack() as stack:
+        folder = stack.enter_context(_scratch(ready.path))
+        target = stack.enter_context(CacheWriter.open(folder / "cache", ready.identity))
+        samples = measure_streams(setup, counted, sample, trees, target, others, seconds=SECONDS)
+        steps = measure_steps(setup, counted, sample, tables, target, settings, seconds=SECONDS)
+    found = Measured(
+        _amounts(setup, counted, trees),
+        samples,
+        task_amounts(counted, tables, config.tune.batch_size) if steps else [],
+        steps,
+        _other_bytes(ready),
+        ready.data_seconds + counted.seconds,
+    )
+    wanted = Wanted(
+        ready.identity.codec.name,
+        config.tune.epochs,
+        tunings_wanted or max(1, len(found.tasks)),
+        budget,
+        LocalStore(ready.path).free_bytes(),
+    )
+    tokens = sum(sample.amount.rows for sample in samples if sample.amount.main)
+    seconds = time.perf_counter() - begun
+    return Planned(ready, wanted, counted, found, make_plan(found, wanted), tokens, seconds)
+
+
+def require_space(ready: Prepared, bars: Bars) -> None:
+    """Raise StorageError where the disk cannot hold what an extraction still has to write.
+
+    A bound that costs nothing is tried first; a sample is measured where the bound is too large.
+    Raises what opening a cache raises.
+    """
+    free = LocalStore(ready.path).free_bytes()
+    trees = _trees_of(ready)
+    if upper_bound(ready.sources, trees, ready.identity) <= free:
+        return
+    say("extract: the disk is not obviously large enough; measuring a sample")
+    cache = _begun(ready)
+    setup = _setup(ready)
+    counted, needed = _count(ready, held_examples(ready.path) if cache else {}, bars)
+    if not any(split.ids for split in counted.splits):
+        return  # all of it is in splits of that cache
+    sample = choose(counted, {}, 1, _sample_tokens(setup, counted))
+    target = memory_writer(ready.identity)
+    samples = measure_streams(setup, counted, sample, needed, target, seconds=SECONDS)
+    need = 0 if LocalStore(ready.path).exists(RECORD) else _other_bytes(ready)
+    for amount in _amounts(setup, counted, needed):
+        size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
+        need += round(size * (_left(cache, amount) if cache is not None else 1))
+    if need > free:
+        raise StorageError(
+            errno.ENOSPC,
+            f"{ready.path}: the extraction needs about {need:,} bytes, {free:,} are free. Free "
+            "space, choose another --cache, or a smaller --codec (`sherl-pipe plan` with the same "
+            "options shows what each takes).",
+        )
+
+
+def _begun(ready: Prepared) -> FeatureCache | None:
+    """The cache that the extraction goes on with. Raises StaleCacheError for another one."""
+    store = LocalStore(ready.path)
+    if not store.exists(METADATA):
+        return None
+    identity, root = read_root(store)
+    identity.require(ready.identity, str(ready.path))
+    # Not `FeatureCache.open`, which wants something to read in it.
+    return FeatureCache(store, identity, root)
+
+
+def _left(cache: FeatureCache, amount: Amount) -> float:
+    """The share of a stream that is still to be written."""
+    if amount.split in cache.splits and amount.stream in cache.streams(amount.split):
+        return 0.0
+    done, shards = cache.incomplete.get(f"{amount.split}/{amount.stream}", (0, 0))
+    return 1 - done / max(1, shards)
+
+
+def _setup(ready: Prepared) -> Setup:
+    extract = ready.config.extract
+    return Setup(
+        ready.backbone,
+        ready.tokenizer,
+        ready.identity,
+        extract.shard_mib << 20,
+        extract.batch_tokens,
+    )
+
+
+def _trees_of(ready: Prepared) -> list[PrefixTree]:
+    """The distinct trees of label words."""
+    if not ready.backbone.family.seq2seq:
+        return []
+    start = ready.backbone.start
+    found = [
+        PrefixTree.of_words(table.spec.words, ready.tokenizer, start) for table in ready.tables
+    ]
+    return list({tree.stream: tree for tree in found}.values())
+
+
+def _count(ready: Prepared, held: Mapping[bytes, str], bars: Bars) -> tuple[Survey, Trees]:
+    """The splits of an extraction, and the label words that they need."""
+    counted = survey(
+        ready.sources,
+        ready.templates,
+        ready.tokenizer,
+        ready.identity.max_length,
+        known=held,
+        seconds=SECONDS,
+        progress=bars,
+    )
+    if not ready.backbone.family.seq2seq:
+        return counted, []
+    start = ready.backbone.start
+    return counted, words_of(ready.tables, counted.places, ready.tokenizer, start)
+
+
+def _amounts(setup: Setup, counted: Survey, trees: Trees) -> list[Amount]:
+    return amounts(
+        counted,
+        trees,
+        setup.identity,
+        shard_bytes=setup.shard_bytes,
+        batch_tokens=setup.batch_tokens,
+    )
+
+
+def _sample_tokens(setup: Setup, counted: Survey) -> float:
+    """Tokens that the backbone reads in the time there is, and no more than show all there is."""
+    return min(setup.enough, SECONDS * tokens_a_second(setup, counted))
+
+
+def _training_rows(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
+    """What every task is tuned on; a task without training rows is left out."""
+    by_task: dict[str, dict[str, LabelTable]] = {}
+    for table in tables:
+        by_task.setdefault(table.task, {})[table.role] = table
+    found = {}
+    for task, roles in by_task.items():
+        try:
+            found[task] = train_and_held_out(roles)[0]
+        except InputError:
+            say(f"plan: {task} has no training rows, or too few to hold some out")
+    return found
+
+
+def _other_bytes(ready: Prepared) -> int:
+    """Bytes of a cache beside its streams: root, record and labels."""
+    root = memory_writer(ready.identity)
+    total = _size(root) + len(record_body(ready.config.model_dump(mode="json"), {}))
+    for table in ready.tables:
+        writer = memory_writer(ready.identity)
+        empty = _size(writer)
+        part = replace(table, ids=table.ids[:LABEL_ROWS], labels=table.labels[:LABEL_ROWS])
+        writer.write_labels(part)
+        total += (_size(writer) - empty) * len(table.ids) // len(part.ids)
+    return total
+
+
+def _size(writer: CacheWriter) -> int:
+    return sum(writer.store.size(key) or 0 for key in writer.store.list())
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder for a sample beside the cache at `path`, so that its disk is measured too.
+
+    Where there is little room it is the system's own. Raises StorageError.
+    """
+    folder: Path | None = path.absolute().parent
+    while folder is not None and not folder.exists():
+        folder = folder.parent
+    if LocalStore(path).free_bytes() < ROOM:
+        folder = None
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".sherl-pipe-plan-", dir=folder)
+    except OSError as error:
+        raise StorageError(
+            error.errno,
+            f"{folder or tempfile.gettempdir()}: {os.strerror(error.errno or 0)}. A plan puts a "
+            "sample there for some seconds; choose a --cache in a folder that can be written.",
+        ) from error
+    with made as name:
+        yield Path(name)

@@ -1,0 +1,205 @@
+"""Training steps on a sample, with features from a cache and with features computed anew."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable
+from sherl_pipe.stages.amounts import StepSample
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.features import Ints
+from sherl_pipe.stages.measure import Clock, Setup
+from sherl_pipe.stages.passes import LivePass
+from sherl_pipe.stages.sample import Sample
+from sherl_pipe.stages.scratch import opened
+from sherl_pipe.stages.settings import TuneSettings
+from sherl_pipe.stages.survey import Survey
+from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.tokens import Tokens
+from sherl_pipe.stages.tune import Tuner
+from sherl_pipe.stages.words import PrefixTree
+
+UNLIMITED = 1 << 62
+# Steps on one batch; as many of them as there is time for, one at least.
+MOST_REPEATS = 5
+# Steps before those that count; fewer where they are long.
+WARM_UPS = 4
+
+
+def measure_steps(
+    setup: Setup,
+    counted: Survey,
+    sample: Sample,
+    tables: Mapping[str, LabelTable],
+    writer: CacheWriter,
+    settings: TuneSettings,
+    *,
+    seconds: float,
+) -> list[StepSample]:
+    """Take the steps of a sample's batches both ways.
+
+    Args:
+        tables: the training rows of every task.
+        writer: of the cache that holds the sample; gets labels.
+        settings: of the tunings.
+        seconds: after so many no other task is begun. A task whose label words were not measured
+            is left out.
+
+    Raises InputError for settings that do not fit the backbone.
+    """
+    clock, spent = Clock(setup.backbone.device), 0.0
+    found: list[StepSample] = []
+    # Steps train in float32 whatever the frozen forward runs in, and lead nowhere.
+    trained, settings = setup.backbone.cast(torch.float32), replace(settings, lr=0.0)
+    for task, batches in sorted(sample.batches.items(), key=lambda each: -len(tables[each[0]].ids)):
+        if found and spent > seconds:
+            break
+        rows = np.unique(np.concatenate(batches))
+        whole = tables[task]
+        table = replace(
+            whole,
+            ids=tuple(whole.ids[row] for row in rows),
+            labels=tuple(whole.labels[row] for row in rows),
+        )
+        if not _words_are_there(setup, table, writer):
+            continue
+        writer.write_labels(table)
+        writer.write_labels(replace(table, role="validation"))
+        rehearsal = _Rehearsal(setup, trained, counted, table, opened(writer), settings)
+        share = seconds / len(sample.batches)
+        found.append(rehearsal.run([np.searchsorted(rows, each) for each in batches], share))
+        spent += clock.lap()
+    return found
+
+
+def _words_are_there(setup: Setup, table: LabelTable, writer: CacheWriter) -> bool:
+    """Whether the decoder states of a task's words are among what was extracted."""
+    if not setup.backbone.family.seq2seq:
+        return True
+    tree = PrefixTree.of_words(table.spec.words, setup.tokenizer, setup.backbone.start)
+    cache = opened(writer)
+    return all(tree.stream in cache.streams(cache.places[each][0]) for each in table.ids)
+
+
+class _Rehearsal:
+    """One task's steps."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        trained: Backbone,
+        counted: Survey,
+        table: LabelTable,
+        cache: FeatureCache,
+        settings: TuneSettings,
+    ) -> None:
+        task = Task(cache, table.task, trained, setup.tokenizer)
+        # Nothing is written there: a rehearsal ends before a tuning would.
+        self._tuner = Tuner(task, settings, Path(os.devnull), budget=UNLIMITED)
+        tokens = _tokens_of(counted, table)
+        self._lengths = tokens.lengths
+        self._words = task.words_of(table.labels) if task.tree is not None else None
+        reads = self._tuner.route.reads()
+        self._live = LivePass(setup.backbone, reads, tokens, pad_id(setup.tokenizer), task.tree)
+        self._optimizer = self._tuner.optimizer()
+        self._clock = Clock(setup.backbone.device)
+        main = setup.backbone.family.main
+        splits = {cache.places[each][0] for each in table.ids}
+        self._loaded_tokens = sum(cache.stream(split, main).rows for split in splits)
+
+    def run(self, batches: Sequence[Ints], seconds: float) -> StepSample:
+        """The steps of `batches`, again and again until `seconds` are over."""
+        tuner, clock = self._tuner, self._clock
+        _forget(tuner.task.cache.path)
+        clock.lap()
+        tuner.train.preload()
+        load = clock.lap()
+        tuner.route.train()
+        tuner.route.late.eval()
+        # Not in turns: each would find the processor's caches full of the other's data.
+        (cached,) = _medians(lambda rows: (self._cached_step(rows),), batches, seconds / 2)
+        forward, live = _medians(self._live_step, batches, seconds / 2)
+        return StepSample(
+            task=tuner.task.name,
+            tokens=sum(int(self._lengths[rows].sum()) for rows in batches),
+            cached_seconds=cached,
+            live_seconds=live,
+            forward_seconds=forward,
+            loaded_tokens=self._loaded_tokens,
+            loaded_bytes=tuner.train.coded_bytes,
+            load_seconds=load,
+        )
+
+    def _cached_step(self, rows: Ints) -> float:
+        self._clock.lap()
+        for batch in self._tuner.train.read([rows]):
+            self._tuner.step(batch, self._optimizer, 0, 1)
+        return self._clock.lap()
+
+    def _live_step(self, rows: Ints) -> tuple[float, float]:
+        """Seconds of the frozen forward, and of the whole step."""
+        self._clock.lap()
+        words = None if self._words is None else self._words[rows]
+        batch = self._live.batch(rows, words)
+        forward = self._clock.lap()
+        self._tuner.step(batch, self._optimizer, 0, 1)
+        return forward, forward + self._clock.lap()
+
+
+def _medians(
+    step: Callable[[Ints], tuple[float, ...]], batches: Sequence[Ints], seconds: float
+) -> list[float]:
+    """Sums over the batches of the median of each number that `step` gives.
+
+    The first calls warm up and do not count; then all batches are gone through, once at least
+    and again until `seconds` are over.
+    """
+    begun = time.perf_counter()
+    for _ in range(WARM_UPS):
+        step(batches[0])
+        if time.perf_counter() - begun > seconds / WARM_UPS:
+            break
+    found: list[list[tuple[float, ...]]] = [[] for _ in batches]
+    begun = time.perf_counter()
+    for _ in range(MOST_REPEATS):
+        for number, rows in enumerate(batches):
+            found[number].append(step(rows))
+        if time.perf_counter() - begun > seconds:
+            break
+    return [
+        sum(statistics.median(each[place] for each in repeats) for repeats in found)
+        for place in range(len(found[0][0]))
+    ]
+
+
+def _tokens_of(counted: Survey, table: LabelTable) -> Tokens:
+    """The tokenised inputs of a table's rows."""
+    wanted = set(table.ids)
+    found = {
+        identity: inputs
+        for split in counted.splits
+        for place, inputs in zip(split.known, split.tokens.inputs, strict=True)
+        if (identity := split.ids[place]) in wanted
+    }
+    return Tokens([found[each] for each in table.ids], 0)
+
+
+def _forget(folder: Path) -> None:
+    """Ask the system to drop a cache's files from memory, so that they are read from the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
