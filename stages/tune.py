@@ -23,6 +23,7 @@ from sherl_pipe.stages.features import Batch, FeatureSource, Ints
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.methods import METHODS
 from sherl_pipe.stages.methods.base import RouteSpec, trainable
+from sherl_pipe.stages.methods.consolidation import GATE_SCALE
 from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings
@@ -227,11 +228,20 @@ class Tuner:
         return seconds + time.perf_counter() - begun
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimizer of the parameters that are tuned."""
+        """A fresh optimizer of the parameters that are tuned; a group's rate is `lr` x `share`.
+
+        A gate is divided by GATE_SCALE before it acts. Adam moves every parameter by about the
+        rate, whatever its gradient, so an open gate that learned at the full rate would be closed
+        within a few dozen steps, and with it the way of the frozen state. The published start has
+        its gate closed and trains it at the full rate.
+        """
         settings = self.settings
-        return torch.optim.AdamW(
-            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        rates: dict[float, list[nn.Parameter]] = {1.0: [], GATE_SCALE: []}
+        for name, parameter in self.parameters.items():
+            slow = settings.init == "residual" and name.rpartition(".")[2] == "gate"
+            rates[GATE_SCALE if slow else 1.0].append(parameter)
+        groups = [{"params": members, "share": share} for share, members in rates.items()]
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Take step `step` of `total` on a training batch.
@@ -239,7 +249,8 @@ class Tuner:
         Raises NonFiniteError where the gradient is no number.
         """
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.lr * schedule(step, total, self.settings.warmup)
+            rate = self.settings.lr * schedule(step, total, self.settings.warmup)
+            group["lr"] = group["share"] * rate
         with self._autocast():
             loss = self.loss(batch)
         optimizer.zero_grad(set_to_none=True)

@@ -186,3 +186,17 @@ def test_a_tap_that_reduces_to_nothing_gives_numbers() -> None:
     out.sum().backward()
     assert out.isfinite().all()
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("init", "share"), [("residual", 0.1), ("paper", 1.0)])
+def test_an_open_gate_learns_slowly(world: World, tmp_path: Path, init: str, share: float) -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+    tuner = world.tuner(tmp_path, init=init)
+    gates = {name: p for name, p in tuner.parameters.items() if name.endswith("gate")}
+    before = {name: gate.item() for name, gate in gates.items()}
+    batch = next(iter(tuner.train.read(tuner.train.epoch(0, 0, 32))))
+    tuner.step(batch, tuner.optimizer(), 5, 10)
+    rate = tuner.settings.lr * tune.schedule(5, 10, tuner.settings.warmup)
+    # A norm behind a residual start hides the gate's scale, so not every gate has a gradient.
+    moved = max(abs(gate.item() - before[name]) for name, gate in gates.items())
+    assert moved == pytest.approx(share * rate, rel=0.05)
