@@ -1,8 +1,8 @@
 """What a training step costs: t5-base, from the cache and otherwise, side by side in one run.
 
 T5-base has random weights, which changes no cost; texts are CoLA's and SST-2's, cut by a real
-wordpiece vocabulary. Every row runs in a process of its own, the rows one after another, and the
-whole series twice; a row's figure is the faster of its medians::
+wordpiece vocabulary. Every row runs in a process of its own, one after another; a row's figure is
+the median of its steps, the fastest of the rounds::
 
     python benchmarks/t5_base.py run
     python benchmarks/t5_base.py run --toy        # a small model, in seconds: does it still work?
@@ -299,7 +299,7 @@ def run(arguments: argparse.Namespace) -> None:
     for codec in CODECS:
         record(f"extraction, {codec}", {"seconds": extract(bench, codec)})
     context = multiprocessing.get_context("spawn")
-    for _ in range(1 if arguments.toy else 2):
+    for _ in range(arguments.rounds):
         for name in ROWS:
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
                 values = pool.submit(
@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", help=run.__doc__)
     command.add_argument("--toy", action="store_true", help="a small model and few rows")
+    command.add_argument("--rounds", type=int, default=1, help="how often the series is run")
     command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     command.add_argument(
         "--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue"
