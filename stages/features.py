@@ -230,27 +230,33 @@ class FeatureSource:
     def _load(
         self, units: Sequence[int], progress: Callable[[int, int], None] | None
     ) -> dict[str, _Block]:
-        parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {role: [] for role in self.readings}
-        bases: dict[str, dict[int, int]] = {role: {} for role in self.readings}
+        blocks = {role: self._room(role, units) for role in self.readings}
         for done, unit in enumerate(units):
             split, shard = self._units[unit]
             for role, reading in self.readings.items():
                 data = self._streams[role][split].read_shard(shard, reading.taps)
-                scales = None if data.scales is None else torch.from_numpy(data.scales)
-                bases[role][unit] = sum(codes.shape[1] for codes, _ in parts[role])
-                parts[role].append((torch.from_numpy(data.codes), scales))
+                block = blocks[role]
+                rows = slice(block.base[unit], block.base[unit] + data.codes.shape[1])
+                block.codes[:, rows] = torch.from_numpy(data.codes)
+                if block.scales is not None and data.scales is not None:
+                    block.scales[:, rows] = torch.from_numpy(data.scales)
             if progress is not None:
                 progress(done + 1, len(units))
-        return {
-            role: _Block(
-                torch.cat([codes for codes, _ in parts[role]], dim=1),
-                torch.cat([s for _, s in parts[role] if s is not None], dim=1)
-                if parts[role][0][1] is not None
-                else None,
-                bases[role],
-            )
-            for role in self.readings
-        }
+        return blocks
+
+    def _room(self, role: str, units: Sequence[int]) -> _Block:
+        """Memory for the coded rows of some shards, and where each begins in it."""
+        base: dict[int, int] = {}
+        rows = 0
+        for unit in units:
+            split, shard = self._units[unit]
+            base[unit] = rows
+            rows += self._streams[role][split].layout.used_rows(shard)
+        stream = self._streams[role][self._units[units[0]][0]]
+        count, width = len(stream.places(self.readings[role].taps)[0]), stream.spec.width
+        sizes = self._codec.code_bytes(width), self._codec.scale_bytes(width)
+        codes, scales = (torch.empty(count, rows, size, dtype=torch.uint8) for size in sizes)
+        return _Block(codes, scales if sizes[1] else None, base)
 
     def _gather(self, rows: Ints, blocks: Mapping[str, _Block]) -> Batch:
         streams = {}
