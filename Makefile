@@ -35,11 +35,14 @@ check: $(VENV)/.installed  ## lint, format, types
 	MYPYPATH=$(COPY) $(BIN)/mypy -p sherl_pipe
 	MYPYPATH=$(COPY):benchmarks $(BIN)/mypy benchmarks
 
-bench: $(VENV)/.bench  ## the tables of docs/results.md; takes hours
+bench: $(VENV)/.bench  ## the tables of docs/ and benchmarks/; takes hours
 	$(BIN)/python benchmarks/minilm_glue.py search
 	$(BIN)/python benchmarks/minilm_glue.py final
 	$(BIN)/python benchmarks/minilm_glue.py costs
 	$(BIN)/python benchmarks/minilm_glue.py table
+	$(BIN)/python benchmarks/codecs.py --plot docs/codecs.svg
+	$(BIN)/python benchmarks/t5_base.py run
+	$(BIN)/python benchmarks/plan_accuracy.py
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache
