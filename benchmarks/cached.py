@@ -68,7 +68,9 @@ def _tuned(
             "--init": init,
             "--out": out,
         }
-        text = _run(["tune", *(str(part) for pair in options.items() for part in pair), "--json"])
+        text = sherl_pipe(
+            ["tune", *(str(part) for pair in options.items() for part in pair), "--json"]
+        )
     (result,) = json.loads(text)
     metrics = {name: value / 100 for name, value in result["metrics"].items()}
     return RunResult(
@@ -95,10 +97,10 @@ def _extract(task: TaskData, folder: Path, cache: Path, codec: str) -> None:
         "--max-length": MAX_LENGTH,
         "--codec": codec,
     }
-    _run(["extract", *(str(part) for pair in options.items() for part in pair)])
+    sherl_pipe(["extract", *(str(part) for pair in options.items() for part in pair)])
 
 
-def _run(arguments: Sequence[str]) -> str:
+def sherl_pipe(arguments: Sequence[str]) -> str:
     """Standard output of a sherl-pipe command, with this process's number of threads."""
     environment: dict[str, Any] = {
         **os.environ,

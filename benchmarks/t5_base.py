@@ -18,239 +18,23 @@ import multiprocessing
 import os
 import platform
 import shutil
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 
+from cached import sherl_pipe
 from records import Record, markdown, read_records
-from training import Meter, cpu_model, load_tokenizer
+from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench
+from training import cpu_model
 
 LOG = logging.getLogger("t5_base")
-REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "t5_base.jsonl"
-BATCH, REDUCTION, LR = 32, 8, 3e-3
 EPOCHS, TUNINGS = 20, 8
-CODECS = ("float32", "bfloat16", "int8", "int4")
-T5_BASE: dict[str, Any] = {
-    "decoder_start_token_id": 0,
-    "vocab_size": 32128,
-    "d_model": 768,
-    "d_kv": 64,
-    "d_ff": 3072,
-    "num_layers": 12,
-    "num_heads": 12,
-}
-TOY: dict[str, Any] = {**T5_BASE, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
-
-
-class Bench:
-    """Model, data and caches of one size.
-
-    Args:
-        toy: a small model and few rows.
-        data: the folder of GLUE's tasks.
-    """
-
-    def __init__(self, toy: bool, data: Path) -> None:
-        self.toy, self.data = toy, data
-        self.folder = REPOSITORY / "build" / ("t5_base_toy" if toy else "t5_base")
-        self.rows = 64 if toy else 768
-        self.steps = 2 if toy else 8
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def texts(self) -> Path:
-        return self.folder / "data"
-
-    def prepare(self) -> None:
-        """Write the model and the data."""
-        if not (self.model / "config.json").exists():
-            torch.manual_seed(0)
-            shape: dict[str, Any] = TOY if self.toy else T5_BASE
-            config = transformers.T5Config(**shape)
-            transformers.T5ForConditionalGeneration(config).save_pretrained(self.model)
-            wordpiece_tokenizer().save_pretrained(self.model)
-        for task in ("cola", "sst2"):
-            lines = (self.data / task / "train.jsonl").read_text(encoding="utf-8").splitlines()
-            half = self.rows // 2
-            for role, part in (("train", lines[:half]), ("validation", lines[half : half + 32])):
-                file = self.texts / "mixed" / f"{role}.jsonl"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                before = file.read_text(encoding="utf-8") if task == "sst2" else ""
-                file.write_text(before + "\n".join(part) + "\n", encoding="utf-8")
-
-
-def wordpiece_tokenizer() -> Any:
-    """The wordpieces of the MiniLM encoder, closed with `</s>` as T5's sentences are."""
-    from tokenizers import processors
-
-    found = load_tokenizer()
-    backend = found.backend_tokenizer
-    end = found.sep_token
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, found.sep_token_id)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=found.pad_token, eos_token=end, unk_token="[UNK]"
-    )
-
-
-def batches(bench: Bench) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Token ids, mask and label tokens of training batches, for ever.
-
-    Neighbours in length share a batch, as in the cached runs.
-    """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(bench.model)
-    lines = (bench.texts / "mixed" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = sorted((json.loads(line) for line in lines), key=lambda row: len(row["sentence"]))
-    count = len(rows) // BATCH
-    while True:
-        for number in torch.randperm(count).tolist():
-            part = rows[number * BATCH : (number + 1) * BATCH]
-            texts = [f"mixed sentence: {row['sentence']}" for row in part]
-            inputs = tokenizer(texts, padding=True, return_tensors="pt")
-            labels = tokenizer([str(row["label"]) for row in part], return_tensors="pt")
-            yield inputs.input_ids, inputs.attention_mask, labels.input_ids
-
-
-def timed(steps: int, step: Callable[[], None]) -> float:
-    """Median seconds of a step, after two to warm up."""
-    seconds = []
-    for number in range(steps + 2):
-        begun = time.perf_counter()
-        step()
-        if number >= 2:
-            seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
-
-
-def trained(bench: Bench, prepare: Callable[[Any], nn.Module]) -> Record:
-    """Steps of a live model that `prepare` makes of the backbone."""
-    meter = Meter()
-    backbone = transformers.T5ForConditionalGeneration.from_pretrained(bench.model)
-    model = prepare(backbone)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
-    source = batches(bench)
-    model.train()
-
-    def step() -> None:
-        ids, mask, labels = next(source)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = timed(bench.steps, step)
-    meter.stop()
-    return {
-        "seconds": seconds,
-        "peak_mib": meter.peak_rss_mib,
-        "trainable": sum(p.numel() for p in parameters),
-    }
-
-
-def full(bench: Bench) -> Record:
-    """Every weight is trained."""
-    return trained(bench, lambda model: model)
-
-
-def lora(bench: Bench) -> Record:
-    """`peft`'s LoRA, rank 8, on query and value."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
-    )
-    return trained(bench, lambda model: get_peft_model(model, config))
-
-
-def live_sherl(bench: Bench) -> Record:
-    """SHERL's modules on the live frozen backbone."""
-    from sherl_pipe.stages.adapter import TunedModel
-    from sherl_pipe.stages.backbone import Backbone
-    from sherl_pipe.stages.methods import METHODS
-    from sherl_pipe.stages.methods.base import RouteSpec
-
-    def prepare(model: Any) -> nn.Module:
-        backbone = Backbone(model)
-        method = METHODS["sherl"]
-        depth = len(backbone.blocks("encoder"))
-        held = {"encoder": tuple(range(depth + 1)), "decoder": tuple(range(depth))}
-        taps, last = method.choose_taps(backbone, 1, held)
-        spec = RouteSpec("sherl", taps, last, 1, REDUCTION, "t5", "residual", 0, "mean")
-        return TunedModel(backbone, method.build(backbone, spec))
-
-    return trained(bench, prepare)
-
-
-def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record:
-    """SHERL from a cache: features in host memory, streamed where `budget` is 0, or (`ready`)
-    decoded beforehand."""
-    from sherl_pipe.cache import FeatureCache
-    from sherl_pipe.stages.backbone import load_backbone
-    from sherl_pipe.stages.settings import TuneSettings
-    from sherl_pipe.stages.task import Task
-    from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
-    from sherl_pipe.stages.tune import Tuner
-
-    cache = FeatureCache.open(bench.folder / f"cache-{codec}")
-    meter = Meter()
-    backbone = load_backbone(str(bench.model))
-    task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
-    settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
-    tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)
-    optimizer = tuner.optimizer()
-    chosen = [batch for epoch in range(2) for batch in tuner.train.epoch(0, epoch, BATCH)]
-    chosen = [batch for batch in chosen if len(batch) == BATCH][: bench.steps + 2]
-    source = iter(list(tuner.train.read(chosen)) if ready else tuner.train.read(chosen))
-    tuner.route.train()
-
-    def step() -> None:
-        tuner.step(next(source), optimizer, 1, 100)
-
-    seconds = timed(len(chosen) - 2, step)
-    meter.stop()
-    return {
-        "seconds": seconds,
-        "peak_mib": meter.peak_rss_mib,
-        "trainable": sum(p.numel() for p in tuner.parameters.values()),
-    }
-
-
-def _cached_rows() -> dict[str, Callable[[Bench], Record]]:
-    much = 1 << 40
-    rows: dict[str, Callable[[Bench], Record]] = {
-        "cached sherl, ready float32 tensors": partial(
-            cached, codec="float32", budget=much, ready=True
-        )
-    }
-    for codec in CODECS:
-        rows[f"cached sherl, {codec}, host"] = partial(cached, codec=codec, budget=much)
-        rows[f"cached sherl, {codec}, stream"] = partial(cached, codec=codec, budget=0)
-    return rows
-
-
-ROWS: dict[str, Callable[[Bench], Record]] = {
-    "full fine-tuning": full,
-    "lora": lora,
-    "live sherl": live_sherl,
-    **_cached_rows(),
-}
 
 
 def measure(name: str, toy: bool, data: Path, threads: int) -> Record:
@@ -268,10 +52,9 @@ def extract(bench: Bench, codec: str) -> float:
     options = {"--model": bench.model, "--data": bench.texts, "--cache": folder, "--codec": codec}
     if bench.toy:
         options["--shard-mib"] = "1"
-    command = [str(Path(sys.executable).parent / "sherl-pipe"), "extract"]
-    command += [str(part) for pair in options.items() for part in pair]
+    arguments = ["extract", *(str(part) for pair in options.items() for part in pair)]
     begun = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    sherl_pipe(arguments)
     return time.perf_counter() - begun
 
 

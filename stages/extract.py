@@ -117,8 +117,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def token_bytes(codec: Codec, spec: StreamSpec) -> int:
     """Bytes of all taps of one token before compression."""
-    row = codec.row_bytes(spec.width)
-    return row * len(spec.taps)
+    return codec.row_bytes(spec.width) * len(spec.taps)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cli_tools import done, refused, size_of, snapshot, write_rows
-from model_tools import save_model, sentences, write_data
+from model_tools import save_model, sentences
 from safetensors.torch import load_file, save_file
 from sherl_pipe.cache import CODECS
 from sherl_pipe.pipeline import planning
@@ -164,14 +164,6 @@ def test_seconds_in_words(seconds: float, text: str) -> None:
 
 
 # The command.
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "SECONDS", 0.2)
-    write_data(tmp_path / "data", ("colour", "size"), train=70, validation=30)
-    return tmp_path
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

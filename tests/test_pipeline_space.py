@@ -8,20 +8,12 @@ from typing import Any
 
 import pytest
 from cli_tools import done, refused, sherl, size_of, snapshot
-from model_tools import save_model, write_data
+from model_tools import save_model
 from sherl_pipe.cache import StreamWriter
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline import opening, planning, steps
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.stages.amounts import Amount
-
-
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "SECONDS", 0.2)
-    write_data(tmp_path / "data", ("colour", "size"), train=70, validation=30)
-    return tmp_path
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
