@@ -60,7 +60,7 @@ def plan(tunings: int | None, as_json: bool, **options: Any) -> None:
     """
     from sherl_pipe.pipeline.config import make_config
 
-    names = ("method", "reduction", "late", "epochs", "batch_size", "memory_budget")
+    names = "method", "reduction", "late", "epochs", "batch_size", "residency", "memory_budget"
     tune = {name: options.pop(name) for name in names}
     config = make_config({**extract_values(options), "tune": tune}, "plan")
     _plan(config, tunings=tunings, as_json=as_json)

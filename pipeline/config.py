@@ -71,7 +71,9 @@ class TuneConfig(Section):
     init: Literal["residual", "paper"] = "residual"
     pool: Literal["mean", "first"] = "mean"
     precision: Literal["float32", "bf16"] = "float32"
+    residency: Literal["auto", "device", "host", "stream"] = "auto"
     memory_budget: str | None = None
+    readers: Positive | None = None
     out: Path = Path("runs")
 
 

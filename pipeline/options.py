@@ -35,6 +35,13 @@ REDUCTION = click.option("--reduction", type=click.IntRange(1), help="Width over
 LATE = click.option("--late", type=click.IntRange(1), default=1, help="Late blocks.")
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
+RESIDENCY = click.option(
+    "--residency",
+    type=click.Choice(["auto", "device", "host", "stream"]),
+    default="auto",
+    help="Where coded features live: in the training device's memory, in host memory, or streamed "
+    "from the cache; auto is the first that has room.",
+)
 MEMORY_BUDGET = click.option(
     "--memory-budget",
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
@@ -107,7 +114,13 @@ TUNE = [
         help="Of an encoder's head.",
     ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
+    RESIDENCY,
     MEMORY_BUDGET,
+    click.option(
+        "--readers",
+        type=click.IntRange(1),
+        help="Threads that read shards.  [default: 4, or the processors if they are fewer]",
+    ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
     DEVICE,
     JSON,
@@ -120,6 +133,7 @@ PLAN = [
     LATE,
     EPOCHS,
     BATCH_SIZE,
+    RESIDENCY,
     MEMORY_BUDGET,
     click.option(
         "--tunings",

@@ -40,7 +40,7 @@ class Wanted:
         codec: of the cache.
         epochs: of every tuning.
         tunings: how many, spread evenly over the tasks.
-        budget: bytes of memory for features.
+        budget: bytes of memory for features; larger ones are streamed.
         free_bytes: on the cache's disk.
     """
 

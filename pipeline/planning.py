@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, InputError, LabelTable, StorageError
 from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.store import LocalStore
@@ -22,7 +23,8 @@ from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
 from sherl_pipe.stages.extract import words_of
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
-from sherl_pipe.stages.rehearse import measure_steps
+from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
+from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
 from sherl_pipe.stages.scratch import memory_writer
 from sherl_pipe.stages.survey import Survey, Trees, amounts, survey, task_amounts, upper_bound
@@ -97,12 +99,18 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
         ready.identity.codec.name,
         config.tune.epochs,
         tunings_wanted or max(1, len(found.tasks)),
-        budget,
+        _room(config.tune.residency, budget, ready.backbone.device),
         LocalStore(ready.path).free_bytes(),
     )
     tokens = sum(sample.amount.rows for sample in samples if sample.amount.main)
     seconds = time.perf_counter() - begun
     return Planned(ready, wanted, counted, found, make_plan(found, wanted), tokens, seconds)
+
+
+def _room(residency: str, budget: int, device: torch.device) -> int:
+    """Bytes of features that are not streamed. What is to stay is planned so, room or not."""
+    rooms = {"auto": max(budget, device_share(device)), "stream": 0}
+    return rooms.get(residency, UNLIMITED)
 
 
 def require_space(ready: Prepared, bars: Bars) -> None:

@@ -141,15 +141,23 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         for settings in tunings(config, seq2seq=backbone.family.seq2seq):
             name = settings.name
             folder = tune.out / task.name / name
-            tuner = Tuner(task, settings, folder, budget=budget)
+            tuner = Tuner(
+                task,
+                settings,
+                folder,
+                budget=budget,
+                residency=tune.residency,
+                readers=tune.readers,
+            )
             done = tuner.finished()
             say(
                 f"tune: {task.name}, {name} on {backbone.device}; {len(task.train.ids):,} training "
-                f"rows; {'finished before' if done else tuner.train.residency}"
+                f"rows; {'finished before' if done else tuner.train.summary}"
             )
             result = done or tuner.run(bars)
             # An interruption may have come between the two files.
             if done is None or not (folder / "run.json").is_file():
                 write_record(folder, config.model_dump(mode="json"), where)
             results.append(result)
+            del tuner  # the next one has room where its features were
     return results

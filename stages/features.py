@@ -8,19 +8,19 @@ reside.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sherl_pipe.cache import FeatureCache, InputError, LabelTable, Stream
+from sherl_pipe.cache import FeatureCache, InputError, LabelTable, ShardData, Stream
 from sherl_pipe.cache.codecs import Codec
 from sherl_pipe.stages import quantize
+from sherl_pipe.stages.residency import Home, choose
+from sherl_pipe.stages.shelf import Form, Ints, Shelf, arrivals
 from torch import Tensor
-
-Ints = npt.NDArray[np.int64]
 
 # Shards that are mixed with one another. A constant: if it followed the memory budget, the order
 # of batches would depend on the machine.
@@ -76,15 +76,6 @@ class Reading:
     paths: Sequence[Sequence[int]] | None = None
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The coded rows of some shards, one behind another."""
-
-    codes: Tensor
-    scales: Tensor | None
-    base: Mapping[int, int]
-
-
 class FeatureSource:
     """Features of the rows of a label table.
 
@@ -92,11 +83,22 @@ class FeatureSource:
         cache: an open cache.
         table: which examples, with their labels; rows are joined to features by id.
         readings: what each role reads.
-        budget: bytes of host memory that features may take; beyond it they are streamed.
+        budget: bytes of host memory that features may take.
         device: where batches are decoded.
         choices: per row, the index into `paths` (the class of a text-to-text label).
+        residency: where coded rows live; batches are the same wherever that is. `device`: in the
+            training device's memory, where batches are gathered and decoded (on the CPU the same
+            as `host`). `host`: in host memory. `stream`: shards come and go, and two windows of
+            WINDOW shards at most are in host memory, whatever the budget. `auto`: the first of
+            device, host and stream that has room; a CUDA device has room in half of what is free.
+        readers: threads that read shards; min(4, processors) by default.
+        beside: homes of other sources that take of the same room.
 
-    Raises InputError naming the first id that the cache does not hold.
+    Attributes:
+        home: where coded rows live.
+
+    Raises InputError naming the first id that the cache does not hold, and where there is no room
+    in the residency that is asked for.
     """
 
     def __init__(
@@ -108,27 +110,32 @@ class FeatureSource:
         budget: int,
         device: torch.device,
         choices: Ints | None = None,
+        residency: str = "auto",
+        readers: int | None = None,
+        beside: Sequence[Home] = (),
     ) -> None:
         self.readings, self.device = dict(readings), device
         self._codec: Codec = cache.identity.codec
         self._choices = choices
         self._locate(cache, table)
-        self.coded_bytes = sum(self._unit_bytes(unit) for unit in range(len(self._units)))
-        self.resident = self.coded_bytes <= budget
-        self._blocks: dict[str, _Block] | None = None
+        size = sum(form.size for form in self._forms.values())
+        self.home = choose(residency, size, budget, device, beside)
+        self._readers = readers or min(4, os.cpu_count() or 1)
+        self._kept: Shelf | None = None
 
     @property
-    def residency(self) -> str:
-        """For people: where the features are and how big they are."""
-        size = f"{self.coded_bytes / 2**20:.0f} MiB of coded features"
-        if self.resident:
-            return f"{size} in host memory"
-        return f"{size} streamed, {WINDOW} shards at a time"
+    def summary(self) -> str:
+        """For people: how big the features are, where they live, and who reads them."""
+        by = f"by {self._readers} reader{'s' if self._readers > 1 else ''}"
+        streamed = f"{WINDOW} shards at a time, " if self.home.kind == "stream" else "read "
+        return f"{self.home}, {streamed}{by}"
 
-    def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Bring resident features into memory now; `progress(done, all)` counts shards."""
-        if self.resident and self._blocks is None:
-            self._blocks = self._load(range(len(self._units)), progress)
+    def preload(self) -> None:
+        """Bring features that stay into memory now, instead of when batches need them."""
+        if self.home.kind != "stream":
+            needs = [[unit] for unit in range(len(self._units))]
+            for _ in arrivals(self._shelf(needs), needs, self._read_unit, self._readers):
+                pass
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Ints]:
         """The batches of an epoch: shards are dealt to windows, rows mixed inside a window.
@@ -156,35 +163,44 @@ class FeatureSource:
         order = np.lexsort((self._length[main], self._unit))
         return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def read(self, batches: Sequence[Ints]) -> Iterator[Batch]:
-        """Batches with their features, the next shards being read while the caller works."""
-        self.preload()
-        if self._blocks is None:
-            yield from self._stream(batches)
-            return
-        for rows in batches:
-            yield self._gather(rows, self._blocks)
+    def read(
+        self, batches: Sequence[Ints], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[Batch]:
+        """Batches with their features; threads read the next shards while the caller works.
 
-    def _stream(self, batches: Sequence[Ints]) -> Iterator[Batch]:
-        windows = [np.unique(self._unit[rows]).tolist() for rows in batches]
-        groups: list[tuple[set[int], list[int]]] = []  # shards, and the batches they serve
-        for number, units in enumerate(windows):
-            if groups and len(groups[-1][0] | set(units)) <= WINDOW:
-                groups[-1][0].update(units)
-                groups[-1][1].append(number)
-            else:
-                groups.append((set(units), [number]))
-        with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
-            ahead: Future[dict[str, _Block]] | None = None
-            for place, (units_of, numbers) in enumerate(groups):
-                blocks = ahead.result() if ahead is not None else self._load(sorted(units_of), None)
-                ahead = (
-                    pool.submit(self._load, sorted(groups[place + 1][0]), None)
-                    if place + 1 < len(groups)
-                    else None
-                )
-                for number in numbers:
-                    yield self._gather(batches[number], blocks)
+        Features that stay need not be there at the start: a batch comes as soon as its own shards
+        have. Close the iterator to stop the threads, or let go of it.
+
+        Args:
+            batches: rows of the table, in any order; of several tunings, mixed, too.
+            progress: called with (shards there, shards that the next batch waits for) while that
+                takes long.
+
+        Raises what `Stream.read_shard` raises.
+        """
+        needs = [np.unique(self._unit[rows]).tolist() for rows in batches]
+        shelf = self._shelf(needs)
+        with closing(arrivals(shelf, needs, self._read_unit, self._readers, progress)) as arrived:
+            for number in arrived:
+                yield self._gather(batches[number], shelf)
+
+    def _shelf(self, needs: Sequence[Sequence[int]]) -> Shelf:
+        """What stays is kept from reading to reading; each stream has memory of its own."""
+        if self.home.kind == "stream":
+            # In evaluation a batch of many rows may come from more shards than a window has.
+            window = max(WINDOW, *map(len, needs), 0)
+            return Shelf(self._forms, torch.device("cpu"), window)
+        if self._kept is None:
+            on_device = self.home.kind == "device"
+            self._kept = Shelf(self._forms, self.device if on_device else torch.device("cpu"))
+        return self._kept
+
+    def _read_unit(self, unit: int) -> dict[str, ShardData]:
+        split, shard = self._units[unit]
+        return {
+            role: self._streams[role][split].read_shard(shard, reading.taps)
+            for role, reading in self.readings.items()
+        }
 
     def _locate(self, cache: FeatureCache, table: LabelTable) -> None:
         """Shard, first row and length of every row of the table."""
@@ -216,54 +232,27 @@ class FeatureSource:
         renumber = np.array([order[key] for key in keys], np.int64)
         self._unit = renumber[self._unit]
         self._units = sorted(keys)
+        self._forms = {role: self._form(role) for role in self.readings}
 
-    def _unit_bytes(self, unit: int) -> int:
-        split, shard = self._units[unit]
-        total = 0
-        for role, reading in self.readings.items():
-            stream = self._streams[role][split]
-            width = stream.spec.width
-            places, _ = stream.places(reading.taps)
-            total += len(places) * stream.layout.used_rows(shard) * self._codec.row_bytes(width)
-        return total
+    def _form(self, role: str) -> Form:
+        """What the coded rows of a role are made of."""
+        streams, rows = self._streams[role], {}
+        for split, stream in streams.items():
+            shard, _, count = stream.layout.index.T
+            rows[split] = np.bincount(shard, count, stream.layout.shards).astype(np.int64)
+        stream = next(iter(streams.values()))
+        places, _ = stream.places(self.readings[role].taps)
+        return Form(
+            len(places),
+            self._codec.code_bytes(stream.spec.width),
+            self._codec.scale_bytes(stream.spec.width),
+            np.array([rows[split][shard] for split, shard in self._units], np.int64),
+        )
 
-    def _load(
-        self, units: Sequence[int], progress: Callable[[int, int], None] | None
-    ) -> dict[str, _Block]:
-        blocks = {role: self._room(role, units) for role in self.readings}
-        for done, unit in enumerate(units):
-            split, shard = self._units[unit]
-            for role, reading in self.readings.items():
-                data = self._streams[role][split].read_shard(shard, reading.taps)
-                block = blocks[role]
-                rows = slice(block.base[unit], block.base[unit] + data.codes.shape[1])
-                block.codes[:, rows] = torch.from_numpy(data.codes)
-                if block.scales is not None and data.scales is not None:
-                    block.scales[:, rows] = torch.from_numpy(data.scales)
-            if progress is not None:
-                progress(done + 1, len(units))
-        return blocks
-
-    def _room(self, role: str, units: Sequence[int]) -> _Block:
-        """Memory for the coded rows of some shards, and where each begins in it."""
-        base: dict[int, int] = {}
-        rows = 0
-        for unit in units:
-            split, shard = self._units[unit]
-            base[unit] = rows
-            rows += self._streams[role][split].layout.used_rows(shard)
-        stream = self._streams[role][self._units[units[0]][0]]
-        count, width = len(stream.places(self.readings[role].taps)[0]), stream.spec.width
-        sizes = self._codec.code_bytes(width), self._codec.scale_bytes(width)
-        codes, scales = (torch.empty(count, rows, size, dtype=torch.uint8) for size in sizes)
-        return _Block(codes, scales if sizes[1] else None, base)
-
-    def _gather(self, rows: Ints, blocks: Mapping[str, _Block]) -> Batch:
+    def _gather(self, rows: Ints, shelf: Shelf) -> Batch:
         streams = {}
         for role, reading in self.readings.items():
-            block = blocks[role]
-            base = np.array([block.base[unit] for unit in self._unit[rows].tolist()], np.int64)
-            start = base + self._first[role][rows]
+            start = shelf.starts(role, self._unit[rows]) + self._first[role][rows]
             if reading.paths is None or self._choices is None:
                 length = self._length[role][rows]
                 offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
@@ -271,11 +260,8 @@ class FeatureSource:
                 chosen = [reading.paths[choice] for choice in self._choices[rows]]
                 length = np.array([len(path) for path in chosen], np.int64)
                 offset = np.concatenate([np.asarray(path, np.int64) for path in chosen])
-            where = torch.from_numpy(np.repeat(start, length) + offset)
-            codes = block.codes.index_select(1, where).to(self.device)
-            scales = block.scales
-            if scales is not None:
-                scales = scales.index_select(1, where).to(self.device)
+            where = np.repeat(start, length) + offset
+            codes, scales = shelf.rows(role, where, self.device)
             stream = next(iter(self._streams[role].values()))
             _, picks = stream.places(reading.taps)
             states = quantize.decode(self._codec, codes, scales, stream.spec.width, picks)

@@ -134,7 +134,7 @@ class _Rehearsal:
             live_seconds=live,
             forward_seconds=forward,
             loaded_tokens=self._loaded_tokens,
-            loaded_bytes=tuner.train.coded_bytes,
+            loaded_bytes=tuner.train.home.size,
             load_seconds=load,
         )
 

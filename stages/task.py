@@ -13,6 +13,7 @@ from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import FeatureSource, Ints, Reading
+from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -75,9 +76,20 @@ class Task:
         return nearest
 
     def source(
-        self, table: LabelTable, reads: Mapping[str, tuple[int, ...]], *, budget: int, train: bool
+        self,
+        table: LabelTable,
+        reads: Mapping[str, tuple[int, ...]],
+        *,
+        train: bool,
+        budget: int,
+        residency: str = "auto",
+        readers: int | None = None,
+        beside: Sequence[Home] = (),
     ) -> FeatureSource:
-        """Features of a table's rows: in training the label's own path, else every word's."""
+        """Features of a table's rows: in training the label's own path, else every word's.
+
+        Other arguments and errors are `FeatureSource`'s.
+        """
         readings = {}
         for role, taps in reads.items():
             stream = self.tree.stream if self.tree and role == "decoder" else role
@@ -90,6 +102,9 @@ class Task:
             budget=budget,
             device=self.backbone.device,
             choices=self.words_of(table.labels) if self.tree else None,
+            residency=residency,
+            readers=readers,
+            beside=beside,
         )
 
     def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:

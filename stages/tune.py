@@ -6,14 +6,12 @@ import json
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from sherl_pipe.cache import (
-    InputError,
-    NonFiniteError,
-)
+from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
@@ -25,7 +23,7 @@ from sherl_pipe.stages.methods import METHODS
 from sherl_pipe.stages.methods.base import RouteSpec, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
 from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
-from sherl_pipe.stages.progress import Progress, silent
+from sherl_pipe.stages.progress import Progress, loading, silent
 from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
 from torch import Tensor, nn
@@ -42,10 +40,19 @@ class Tuner:
         task: what to learn.
         settings: how.
         folder: where the adapter, and checkpoints on the way, are written.
-        budget: bytes of host memory for features.
+        budget, residency, readers: of features, as for `FeatureSource`. They change no result.
     """
 
-    def __init__(self, task: Task, settings: TuneSettings, folder: Path, *, budget: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: TuneSettings,
+        folder: Path,
+        *,
+        budget: int,
+        residency: str = "auto",
+        readers: int | None = None,
+    ) -> None:
         if settings.method not in METHODS:
             raise InputError(
                 explain("method", expected=f"one of {sorted(METHODS)}", found=settings.method)
@@ -79,9 +86,11 @@ class Tuner:
             torch.manual_seed(settings.seed)
             self.route: Route = method.build(backbone, self.spec)
         reads = self.route.reads()
-        self.train = task.source(task.train, reads, budget=budget, train=True)
-        left = budget - (self.train.coded_bytes if self.train.resident else 0)
-        self.held_out = task.source(task.held_out, reads, budget=left, train=False)
+        source = partial(
+            task.source, reads=reads, budget=budget, residency=residency, readers=readers
+        )
+        self.train = source(task.train, train=True)
+        self.held_out = source(task.held_out, train=False, beside=[self.train.home])
         self.parameters = trainable(self.route)
 
     @property
@@ -114,7 +123,7 @@ class Tuner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             seconds = self._train(progress)
-        outputs = self.outputs(self.held_out, self.settings.batch_size * 4)
+        outputs = self.outputs(self.held_out, self.settings.batch_size * 4, progress)
         labels = np.array(self.task.held_out.labels)
         found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
         result = TuneResult(
@@ -136,12 +145,15 @@ class Tuner:
         self._save(result)
         return result
 
-    def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
+    def outputs(
+        self, source: FeatureSource, batch_size: int, progress: Progress = silent
+    ) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
         self.route.eval()
         found: list[tuple[Ints, Tensor]] = []
         with torch.inference_mode():
-            for batch in source.read(source.in_order(batch_size)):
+            told = loading(progress, f"{self.task.name} evaluation")
+            for batch in source.read(source.in_order(batch_size), told):
                 found.append((batch.rows, self._outputs(batch).float().cpu()))
         rows = np.concatenate([each for each, _ in found])
         result = torch.cat([each for _, each in found])
@@ -193,7 +205,6 @@ class Tuner:
         settings = self.settings
         optimizer = self.optimizer()
         what = f"{self.task.name} {settings.method} seed {settings.seed}"
-        self.train.preload(lambda done, all_: progress(f"{what}: loading", done, all_, "shards"))
         # Shards meet in other windows in every epoch, so epochs differ in their last batches.
         ends = np.cumsum(
             [
@@ -210,7 +221,7 @@ class Tuner:
             batches = batches[len(batches) - (int(ends[epoch]) - step) :]
             self.route.train()
             self.route.late.eval()
-            for batch in self.train.read(batches):
+            for batch in self.train.read(batches, loading(progress, what)):
                 self.step(batch, optimizer, step, total)
                 step += 1
                 progress(what, step, total, "steps")

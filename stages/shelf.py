@@ -1,0 +1,200 @@
+"""Memory for coded rows of shards, and the threads that fill it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sherl_pipe.cache import ShardData
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+
+# Seconds that a batch may wait for its shards before the caller is told of it.
+PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the coded rows of one role are made of.
+
+    Attributes:
+        taps: stored taps that are read.
+        code_bytes, scale_bytes: of one row of one tap; no scale bytes where the codec has none.
+        rows: `[shards]`, rows of every shard.
+    """
+
+    taps: int
+    code_bytes: int
+    scale_bytes: int
+    rows: Ints
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return int(self.rows.sum()) * self.taps * (self.code_bytes + self.scale_bytes)
+
+
+class Shelf:
+    """Memory for the coded rows of shards; shards are known by their numbers.
+
+    Args:
+        forms: by role.
+        device: where the memory is.
+        window: None for a place for every shard, which then stays. Else there are places for two
+            windows of so many shards: for the one in use and for the next.
+
+    Attributes:
+        there: shards whose rows are there.
+    """
+
+    def __init__(
+        self, forms: Mapping[str, Form], device: torch.device, window: int | None = None
+    ) -> None:
+        self.window, self.there = window, set[int]()
+        shards = len(next(iter(forms.values())).rows)
+        places = shards if window is None else min(shards, 2 * window)
+        self._place = np.arange(shards) if window is None else np.full(shards, -1)
+        self._free = [] if window is None else list(range(places))
+        self._start: dict[str, Ints] = {}
+        self._blocks: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for role, form in forms.items():
+            # A place that many shards use in turn is as large as the largest of them.
+            rows = form.rows if window is None else np.full(places, form.rows.max())
+            self._start[role] = np.cumsum(rows) - rows
+            codes, scales = (
+                torch.empty(form.taps, int(rows.sum()), size, dtype=torch.uint8, device=device)
+                for size in (form.code_bytes, form.scale_bytes)
+            )
+            self._blocks[role] = codes, scales if form.scale_bytes else None
+
+    def claim(self, shards: Collection[int]) -> None:
+        """Have places for `shards`; where places are short, no other shard keeps its own."""
+        if self.window is None:
+            return
+        for shard in np.flatnonzero(self._place >= 0).tolist():
+            if shard not in shards:
+                self._free.append(int(self._place[shard]))
+                self._place[shard] = -1
+                self.there.discard(shard)
+        for shard in shards:
+            if self._place[shard] < 0:
+                self._place[shard] = self._free.pop()
+
+    def put(self, shard: int, data: Mapping[str, ShardData]) -> None:
+        """Rows by role into the place of a shard; several threads may do so for several shards."""
+        for role, found in data.items():
+            start = int(self._start[role][self._place[shard]])
+            rows = slice(start, start + found.codes.shape[1])
+            codes, scales = self._blocks[role]
+            _copy(found.codes, codes[:, rows])
+            if scales is not None and found.scales is not None:
+                _copy(found.scales, scales[:, rows])
+        self.there.add(shard)
+
+    def starts(self, role: str, shards: Ints) -> Ints:
+        """`[n]`: where the rows of `shards` `[n]` begin."""
+        return self._start[role][self._place[shards]]
+
+    def rows(self, role: str, where: Ints, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Codes `[K, n, bytes]` and scales of the rows `where` `[n]`, on `device`."""
+        codes, scales = self._blocks[role]
+        places = torch.from_numpy(where).to(codes.device)
+        return _taken(codes, places, device), (
+            None if scales is None else _taken(scales, places, device)
+        )
+
+
+def _copy(source: npt.NDArray[np.uint8], target: Tensor) -> None:
+    found = torch.from_numpy(source)
+    if target.device.type != "cuda":
+        target.copy_(found)
+        return
+    target.copy_(found.pin_memory(), non_blocking=True)
+    # The shard is there only when its bytes are, whichever of the device's streams reads them.
+    torch.cuda.current_stream(target.device).synchronize()
+
+
+def _taken(block: Tensor, places: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or block.device.type == "cuda":
+        return block.index_select(1, places)
+    shape = (block.shape[0], len(places), block.shape[2])
+    # PyTorch does not give pinned memory to anybody else before copies from it are over.
+    staged = torch.empty(shape, dtype=block.dtype, pin_memory=True)
+    torch.index_select(block, 1, places, out=staged)
+    return staged.to(device, non_blocking=True)
+
+
+def arrivals(
+    shelf: Shelf,
+    needs: Sequence[Collection[int]],
+    read: Callable[[int], Mapping[str, ShardData]],
+    readers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[int]:
+    """Number after number of `needs`, each when the shards that it names are on the shelf.
+
+    Threads read what later needs name while the caller works: all of it where the shelf has room
+    for all, else one window ahead. Close the iterator to stop them.
+
+    Args:
+        needs: shards, at most the shelf's window of them each.
+        read: gives the rows of a shard, by role. What it raises is raised here, when a need for
+            that shard comes.
+        readers: number of threads.
+        progress: called with (shards there, shards waited for) while a need waits for long.
+    """
+    windows = list(_windows(needs, shelf.window))
+    coming: dict[int, Future[None]] = {}
+    pool = ThreadPoolExecutor(readers, thread_name_prefix="features")
+
+    def bring(shard: int) -> None:
+        shelf.put(shard, read(shard))
+
+    try:
+        for place, (shards, numbers) in enumerate(windows):
+            following = windows[place + 1][0] if place + 1 < len(windows) else {}
+            shelf.claim(wanted := shards | following)
+            for shard in wanted:
+                if shard not in shelf.there and shard not in coming:
+                    coming[shard] = pool.submit(bring, shard)
+            for number in numbers:
+                _await([coming.pop(s) for s in needs[number] if s in coming], progress)
+                yield number
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _windows(
+    needs: Sequence[Collection[int]], window: int | None
+) -> Iterator[tuple[dict[int, None], list[int]]]:
+    """Shards in the order in which they are needed, and the numbers of the needs they serve."""
+    shards: dict[int, None] = {}
+    numbers: list[int] = []
+    for number, need in enumerate(needs):
+        new = sum(shard not in shards for shard in need)
+        if window is not None and numbers and len(shards) + new > window:
+            yield shards, numbers
+            shards, numbers = {}, []
+        shards.update(dict.fromkeys(need))
+        numbers.append(number)
+    if numbers:
+        yield shards, numbers
+
+
+def _await(coming: Sequence[Future[None]], progress: Callable[[int, int], None] | None) -> None:
+    """Wait for shards. Raises what reading them raised."""
+    silent_until = time.monotonic() + PATIENCE
+    left = set(coming)
+    while left:
+        patience = max(0.0, silent_until - time.monotonic())
+        done, left = wait(left, patience or None, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        if progress is not None and time.monotonic() >= silent_until:
+            progress(len(coming) - len(left), len(coming))
