@@ -113,6 +113,12 @@ TUNE = [
         default="mean",
         help="Of an encoder's head.",
     ),
+    click.option(
+        "--loss",
+        type=click.Choice(["words", "vocabulary"]),
+        default="words",
+        help="What label words of a text-to-text model compete with.",
+    ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
     RESIDENCY,
     MEMORY_BUDGET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 from sherl_pipe.cache.fingerprint import hash_json
@@ -23,6 +24,7 @@ class TuneSettings:
         weight_decay, clip: of AdamW; largest gradient norm.
         init: of the consolidation, `residual` or `paper`.
         pool: of an encoder's head, `mean` or `first`.
+        loss: of label words, `words` or `vocabulary` (see `Scoring`); text-to-text backbones.
         precision: `float32`, or `bf16` for autocast.
     """
 
@@ -38,6 +40,7 @@ class TuneSettings:
     clip: float = 1.0
     init: str = "residual"
     pool: str = "mean"
+    loss: str = "words"
     precision: str = "float32"
 
     @property
@@ -79,3 +82,12 @@ class TuneResult:
     seconds_per_epoch: float
     peak_mib: float
     folder: str
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Share of the peak rate at a step: up in `warmup` of the steps (500 at most), then linearly
+    down to zero."""
+    rising = min(500, math.ceil(total * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return (total - step) / max(1, total - rising)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -16,16 +15,16 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
-from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, Route, save_adapter
+from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.methods import METHODS
-from sherl_pipe.stages.methods.base import RouteSpec, trainable
+from sherl_pipe.stages.methods.base import Route, RouteSpec, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
-from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
 from sherl_pipe.stages.progress import Progress, loading, silent
-from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings
+from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,9 +84,14 @@ class Tuner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.route: Route = method.build(backbone, self.spec)
-        reads = self.route.reads()
+        self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
         source = partial(
-            task.source, reads=reads, budget=budget, residency=residency, readers=readers
+            task.source,
+            reads=self.route.reads(),
+            scoring=self.scoring,
+            budget=budget,
+            residency=residency,
+            readers=readers,
         )
         self.train = source(task.train, train=True)
         self.held_out = source(task.held_out, train=False, beside=[self.train.home])
@@ -152,8 +156,7 @@ class Tuner:
         self.route.eval()
         found: list[tuple[Ints, Tensor]] = []
         with torch.inference_mode():
-            told = loading(progress, f"{self.task.name} evaluation")
-            for batch in source.read(source.in_order(batch_size), told):
+            for batch in source.read(source.in_order(batch_size), loading(progress, "evaluation")):
                 found.append((batch.rows, self._outputs(batch).float().cpu()))
         rows = np.concatenate([each for each, _ in found])
         result = torch.cat([each for _, each in found])
@@ -168,17 +171,16 @@ class Tuner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a training batch."""
-        task, rows = self.task, batch.rows
+        (hidden,) = self.route.hidden([self.route], [batch.streams])
+        return self._loss(hidden, batch.rows)
+
+    def _loss(self, hidden: Tensor, rows: Ints) -> Tensor:
+        task, device = self.task, hidden.device
         labels = [task.train.labels[row] for row in rows.tolist()]
-        device = task.backbone.device
-        if isinstance(self.route, SherlSeq2Seq) and task.tree is not None:
-            logits = self.route(batch.streams["encoder"], batch.streams["decoder"])
-            words = [task.tree.words[word] for word in task.words_of(labels)]
-            targets = torch.full(logits.shape[:2], -100)
-            for row, word in enumerate(words):
-                targets[row, : len(word)] = torch.tensor(word)
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device))
-        logits = self.route(batch.streams["hidden"]).float()
+        if self.scoring is not None:
+            logits = self.route.logits(hidden, self.scoring.tokens).float()
+            return self.scoring.loss(logits, torch.from_numpy(task.words_of(labels)))
+        logits = self.route.logits(hidden).float()
         if task.spec.kind == "classification":
             return F.cross_entropy(logits, torch.tensor(labels, device=device))
         mean, spread = task.scaling
@@ -186,15 +188,12 @@ class Tuner:
         return F.mse_loss(logits[:, 0], wanted)
 
     def _outputs(self, batch: Batch) -> Tensor:
+        scoring = self.scoring
         with self._autocast():
-            if isinstance(self.route, SherlSeq2Seq) and self.task.tree is not None:
-                tree = self.task.tree
-                streams = batch.streams
-                return tree.score(
-                    self.route.node_logits(streams["encoder"], streams["decoder"], tree).float()
-                )
-            outputs: Tensor = self.route(batch.streams["hidden"])
-            return outputs
+            tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
+            (hidden,) = self.route.hidden([self.route], [batch.streams], tree)
+            logits = self.route.logits(hidden, tokens).float()
+        return scoring.score(logits) if scoring else logits
 
     def _autocast(self) -> torch.autocast:
         kind = self.task.backbone.device.type
@@ -220,7 +219,6 @@ class Tuner:
             batches = self.train.epoch(settings.seed, epoch, settings.batch_size)
             batches = batches[len(batches) - (int(ends[epoch]) - step) :]
             self.route.train()
-            self.route.late.eval()
             for batch in self.train.read(batches, loading(progress, what)):
                 self.step(batch, optimizer, step, total)
                 step += 1
@@ -252,7 +250,9 @@ class Tuner:
             slow = settings.init == "residual" and name.rpartition(".")[2] == "gate"
             rates[GATE_SCALE if slow else 1.0].append(parameter)
         groups = [{"params": members, "share": share} for share, members in rates.items()]
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Take step `step` of `total` on a training batch.
@@ -275,7 +275,7 @@ class Tuner:
         optimizer.step()
 
     def _save(self, result: TuneResult) -> None:
-        identity = self.task.cache.identity
+        identity, settings = self.task.cache.identity, self.settings
         where = self.task.cache.places[self.task.train.ids[0]][0]
         stream = self.task.backbone.family.main
         config = AdapterConfig(
@@ -290,18 +290,10 @@ class Tuner:
             template=self.task.cache.stream(where, stream).notes["template"],
             max_length=identity.max_length,
             scaling=self.task.scaling,
+            loss=settings.loss,
         )
         save_adapter(self.folder, config, self.route)
         store = LocalStore(self.folder)
-        body = {"key": self.key, "result": asdict(result), "settings": asdict(self.settings)}
+        body = {"key": self.key, "result": asdict(result), "settings": asdict(settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
         store.delete(checkpoint.NAME)
-
-
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Share of the peak rate at a step: up in `warmup` of the steps (500 at most), then linearly
-    down to zero."""
-    rising = min(500, math.ceil(total * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return (total - step) / max(1, total - rising)
