@@ -67,10 +67,13 @@ class Shelf:
             # A place that many shards use in turn is as large as the largest of them.
             rows = form.rows if window is None else np.full(places, form.rows.max())
             self._start[role] = np.cumsum(rows) - rows
-            codes, scales = (
-                torch.empty(form.taps, int(rows.sum()), size, dtype=torch.uint8, device=device)
-                for size in (form.code_bytes, form.scale_bytes)
-            )
+            sizes = form.code_bytes, form.scale_bytes
+            # Readers are outside of an evaluation's inference mode, and fill tensors made in it.
+            with torch.inference_mode(False):
+                codes, scales = (
+                    torch.empty(form.taps, int(rows.sum()), size, dtype=torch.uint8, device=device)
+                    for size in sizes
+                )
             self._blocks[role] = codes, scales if form.scale_bytes else None
 
     def claim(self, shards: Collection[int]) -> None:

@@ -185,7 +185,8 @@ EXTRACT = """--model m --revision r --device cpu --cache c --data d --task t --t
     --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
 TUNE = """--cache c --device cpu --task t --method lst --reduction 2 --late 2 --lr 0.1 --lr 0.2
     --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1 --clip 2 --init paper
-    --pool first --loss vocabulary --precision bf16 --memory-budget 1GB --out o"""
+    --pool first --loss vocabulary --precision bf16 --residency host
+    --memory-budget 1GB --readers 3 --out o"""
 
 
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,14 +197,16 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     for given, default in ((config.data, DataConfig()), (config.extract, ExtractConfig())):
         for field in type(given).model_fields:
             assert getattr(given, field) != getattr(default, field), field
-    costs = "--method lst --reduction 2 --late 2 --epochs 3 --batch-size 5 --memory-budget 1GB"
+    costs = """--method lst --reduction 2 --late 2 --epochs 3 --batch-size 5 --residency host
+        --memory-budget 1GB"""
     planned = configs(monkeypatch, "plan", *EXTRACT.split(), *costs.split(), "--tunings", 9)
     assert (planned.data, planned.extract, planned.model) == (config.data, config.extract, "m")
     config = configs(monkeypatch, "tune", *TUNE.split())
     for field in TuneConfig.model_fields:
         assert getattr(config.tune, field) != getattr(TuneConfig(), field), field
     assert config.tune.lr == (0.1, 0.2)
-    for field in ("method", "reduction", "late", "epochs", "batch_size", "memory_budget"):
+    shared = "method", "reduction", "late", "epochs", "batch_size", "residency", "memory_budget"
+    for field in shared:
         assert getattr(planned.tune, field) == getattr(config.tune, field), field
 
 

@@ -69,6 +69,14 @@ CASES = [
     ),
     (3, "taps of the|expected 0 to 4, found [99]", "EXTRACT --taps 99"),
     (3, "expected 0 to 4, found [-1, 2]", "EXTRACT --taps=-1,2"),
+    (2, "'--residency': 'disk' is not one of 'auto', 'device',", "TUNE --residency disk"),
+    (2, "'--readers': 0 is not in the range x>=1", "TUNE --readers 0"),
+    (
+        3,
+        "residency host: expected coded features of at most 7 B (the memory budget), found|"
+        "Raise --memory-budget, or use --residency stream",
+        "TUNE --residency host --memory-budget 7b",
+    ),
     (2, "'--epochs': 0 is not in the range x>=1", "TUNE --epochs 0"),
     (2, "'--seed': -1 is not in the range x>=0", "TUNE --seed -1"),
     (2, "'--lr': 'fast' is not a valid float", "TUNE --lr fast"),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sherl_pipe.stages.features import FeatureSource
+from sherl_pipe.cache import CorruptCacheError, FeatureCache, InputError, Stream
+from sherl_pipe.stages import features
+from sherl_pipe.stages.features import WINDOW, Batch, FeatureSource, Ints, Packed
 from sherl_pipe.stages.tune import Tuner
-from tune_tools import MUCH, World, make_world, same, weights
+from tune_tools import MUCH, Stopped, World, make_world, recorder, same, weights
 
 
 @pytest.fixture(scope="module", params=["bert", "t5"])
@@ -23,29 +31,206 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-def sources(world: World, budget: int) -> FeatureSource:
-    return world.tuner(Path("unused"), task="alone", budget=budget).train
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    yield
+    assert not [t for t in threading.enumerate() if t.name.startswith("features")]
 
 
-def test_batches_do_not_depend_on_where_features_are(world: World, tmp_path: Path) -> None:
-    resident, streamed = sources(world, MUCH), sources(world, 0)
-    assert resident.resident and not streamed.resident
-    for epoch in (0, 1):
-        pairs = zip(
-            resident.read(resident.epoch(3, epoch, 16)),
-            streamed.read(streamed.epoch(3, epoch, 16)),
-            strict=True,
+def sources(world: World, budget: int = MUCH, **how: Any) -> FeatureSource:
+    return world.tuner(Path("unused"), task="alone", budget=budget, **how).train
+
+
+WAYS = [(kind, readers) for kind in ("host", "device", "stream") for readers in (1, 2, 4)]
+
+
+def same_batches(first: Iterable[Batch], second: Iterable[Batch]) -> int:
+    """How many there were."""
+    count = 0
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one.rows, other.rows)
+        assert one.streams.keys() == other.streams.keys()
+        for role, packed in one.streams.items():
+            assert torch.equal(packed.states, other.streams[role].states)
+            assert torch.equal(packed.lengths, other.streams[role].lengths)
+        count += 1
+    return count
+
+
+@cache
+def example(stream: Stream, position: int, taps: tuple[int, ...]) -> torch.Tensor:
+    """`[K, n, d]`, read on its own."""
+    return torch.from_numpy(stream.read_example(position, taps))
+
+
+def one_by_one(world: World, source: FeatureSource, batches: list[Ints]) -> Iterator[Batch]:
+    """The batches, with features of every example read on its own."""
+    task = world.task("alone")
+    table, choices = task.train, task.words_of(task.train.labels)
+    for rows in batches:
+        streams = {}
+        for role, reading in source.readings.items():
+            found = []
+            for row in rows:
+                split, position = world.cache.places[table.ids[row]]
+                stream = world.cache.stream(split, reading.stream)
+                states = example(stream, position, reading.taps)
+                if reading.paths is not None:
+                    states = states[:, list(reading.paths[choices[row]])]
+                found.append(states)
+            lengths = torch.tensor([each.shape[1] for each in found])
+            streams[role] = Packed(torch.cat(found, dim=1), lengths)
+        yield Batch(rows, streams)
+
+
+@pytest.mark.parametrize("window", [WINDOW, 2])
+@pytest.mark.parametrize(("kind", "readers"), WAYS)
+def test_batches_do_not_depend_on_where_features_are(
+    world: World, monkeypatch: pytest.MonkeyPatch, window: int, kind: str, readers: int
+) -> None:
+    monkeypatch.setattr(features, "WINDOW", window)
+    source = sources(world, residency=kind, readers=readers)
+    assert source.home.kind == ("stream" if kind == "stream" else "host")
+    for seed, epoch in ((3, 0), (3, 1), (4, 0)):
+        batches = source.epoch(seed, epoch, 16)
+        assert len(batches) > 4
+        assert same_batches(source.read(batches), one_by_one(world, source, batches)) == len(
+            batches
         )
-        for first, second in pairs:
-            assert np.array_equal(first.rows, second.rows)
-            for role, packed in first.streams.items():
-                assert torch.equal(packed.states, second.streams[role].states)
-                assert torch.equal(packed.lengths, second.streams[role].lengths)
+    # A tuning that goes on inside an epoch, one that evaluates, and two whose batches are mixed.
+    other = source.epoch(5, 1, 7)
+    mixed = [batch for pair in zip(batches, other, strict=False) for batch in pair]
+    for some in (batches[3:], source.in_order(64), source.in_order(10**6), mixed, []):
+        assert same_batches(source.read(some), one_by_one(world, source, some)) == len(some)
+
+
+@pytest.mark.parametrize("kind", ["host", "stream"])
+def test_two_readings_at_a_time(world: World, kind: str) -> None:
+    source = sources(world, residency=kind)
+    first, second = source.epoch(0, 0, 16), source.epoch(1, 0, 16)
+    for number, (one, other) in enumerate(
+        zip(source.read(first), source.read(second), strict=False)
+    ):
+        expected = one_by_one(world, source, [first[number], second[number]])
+        assert same_batches([one, other], expected) == 2
+
+
+def test_tunings_do_not_depend_on_where_features_are(world: World, tmp_path: Path) -> None:
     results = [
-        world.tuner(tmp_path / str(budget), task="alone", budget=budget).run()
-        for budget in (MUCH, 0)
+        world.tuner(tmp_path / kind, task="alone", residency=kind).run()
+        for kind in ("host", "stream")
     ]
-    assert weights(tmp_path / str(MUCH)) == weights(tmp_path / "0") and same(*results)
+    assert weights(tmp_path / "host") == weights(tmp_path / "stream") and same(*results)
+
+
+def test_what_stays_is_read_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[str, str, int]] = []
+    read_shard = Stream.read_shard
+
+    def note(stream: Stream, shard: int, *rest: Any) -> Any:
+        reads.append((stream.split, stream.name, shard))
+        return read_shard(stream, shard, *rest)
+
+    monkeypatch.setattr(Stream, "read_shard", note)
+    source = sources(world, residency="host")
+    assert reads == []
+    for epoch in (0, 1):
+        for _ in source.read(source.epoch(0, epoch, 16)):
+            pass
+    source.preload()
+    once = len(reads)
+    assert len(set(reads)) == once > WINDOW
+    ready = sources(world, residency="host")
+    ready.preload()
+    assert len(reads) == 2 * once and sorted(reads[once:]) == sorted(reads[:once])
+    streamed = sources(world, residency="stream")
+    streamed.preload()
+    assert len(reads) == 2 * once
+    for epoch in (0, 1):
+        for _ in streamed.read(streamed.epoch(0, epoch, 16)):
+            pass
+    assert len(reads) >= 4 * once
+
+
+@pytest.mark.parametrize("kind", ["host", "stream"])
+def test_a_reading_that_is_left_early(world: World, tmp_path: Path, kind: str) -> None:
+    """By closing it, and by an error in a step; the fixture sees that no thread is left."""
+    source = sources(world, residency=kind, readers=4)
+    batches = source.epoch(0, 0, 16)
+    reading = source.read(batches)
+    next(reading)
+    reading.close()
+    assert same_batches(source.read(batches), one_by_one(world, source, batches))
+    with pytest.raises(Stopped):
+        world.tuner(tmp_path, task="alone", residency=kind).run(recorder([], 2))
+
+
+@pytest.mark.parametrize(("kind", "readers"), WAYS)
+def test_a_damaged_shard_ends_the_training(
+    world: World, tmp_path: Path, kind: str, readers: int
+) -> None:
+    shutil.copytree(world.cache.path, tmp_path / "cache")
+    stream = world.backbone.family.main
+    file = sorted((tmp_path / "cache" / "alone/train" / stream / "values/c/0").iterdir())[3]
+    data = bytearray((file / "0").read_bytes())
+    data[len(data) // 2] ^= 1
+    (file / "0").write_bytes(data)
+    damaged = replace(world, cache=FeatureCache.open(tmp_path / "cache"))
+    tuner = damaged.tuner(tmp_path / "run", task="alone", residency=kind, readers=readers)
+    with pytest.raises(CorruptCacheError, match=f"{file / '0'} .shard {file.name}.") as caught:
+        tuner.run()
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_a_home_for_training_and_for_held_out_rows(world: World) -> None:
+    def kinds(budget: int, residency: str = "auto") -> tuple[str, str]:
+        tuner = world.tuner(Path("unused"), task="colour", budget=budget, residency=residency)
+        return tuner.train.home.kind, tuner.held_out.home.kind
+
+    tuner = world.tuner(Path("unused"), task="colour")
+    train, held_out = tuner.train.home.size, tuner.held_out.home.size
+    assert kinds(MUCH) == kinds(train + held_out) == ("host", "host")
+    assert kinds(train + held_out, "host") == ("host", "host")
+    assert kinds(train + held_out - 1) == kinds(train) == ("host", "stream")
+    assert kinds(held_out) == ("stream", "host")
+    assert kinds(0) == kinds(MUCH, "stream") == ("stream", "stream")
+    for budget in (0, train - 1, train + held_out - 1):
+        with pytest.raises(InputError, match="residency host: .* Raise --memory-budget"):
+            kinds(budget, "host")
+
+
+def test_what_is_said_of_the_home(world: World) -> None:
+    size = r"^\d[\d.]* [KM]iB of coded features "
+    kept, streamed = sources(world, 1 << 30, readers=1), sources(world, 0, readers=4)
+    said = r"in host memory \(budget 1.0 GiB\), read by 1 reader$"
+    assert re.search(size + said, kept.summary), kept.summary
+    said = r"streamed \(budget 0 B\), 8 shards at a time, by 4 readers$"
+    assert re.search(size + said, streamed.summary), streamed.summary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["auto", "device", "host", "stream"])
+def test_batches_on_cuda(world: World, kind: str) -> None:
+    usual, task = sources(world), world.task("alone")
+    source = FeatureSource(
+        world.cache,
+        task.train,
+        usual.readings,
+        budget=MUCH,
+        device=torch.device("cuda"),
+        choices=task.words_of(task.train.labels),
+        residency=kind,
+        readers=3,
+    )
+    assert source.home.kind == ("device" if kind == "auto" else kind)
+    for epoch in (0, 1):
+        batches = source.epoch(0, epoch, 16)
+        for one, other in zip(source.read(batches), usual.read(batches), strict=True):
+            for role, packed in one.streams.items():
+                assert packed.states.is_cuda and packed.lengths.is_cuda
+                assert torch.equal(packed.states.cpu(), other.streams[role].states)
+                assert torch.equal(packed.lengths.cpu(), other.streams[role].lengths)
 
 
 def test_order_is_that_of_seed_and_epoch(world: World) -> None:

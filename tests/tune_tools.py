@@ -45,11 +45,22 @@ class World:
     def task(self, name: str = "colour") -> Task:
         return Task(self.cache, name, self.backbone, self.tokenizer)
 
-    def tuner(self, folder: Path, *, task: str = "colour", budget: int = MUCH, **how: Any) -> Tuner:
+    def tuner(
+        self,
+        folder: Path,
+        *,
+        task: str = "colour",
+        budget: int = MUCH,
+        residency: str = "auto",
+        readers: int | None = None,
+        **how: Any,
+    ) -> Tuner:
         settings = TuneSettings(
             **{"reduction": 1, "epochs": 2, "batch_size": 32, "lr": 1e-2, **how}
         )
-        tuner = Tuner(self.task(task), settings, folder, budget=budget)
+        tuner = Tuner(
+            self.task(task), settings, folder, budget=budget, residency=residency, readers=readers
+        )
         for module in tuner.route.modules():
             if isinstance(module, Consolidation):
                 module.dropout.p = 0.1  # so that a resumed run needs the random state too
