@@ -193,6 +193,7 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
     task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
     settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
     tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)
+    tuner.train.preload()
     optimizer = tuner.optimizer()
     chosen = [batch for epoch in range(2) for batch in tuner.train.epoch(0, epoch, BATCH)]
     chosen = [batch for batch in chosen if len(batch) == BATCH][: bench.steps + 2]

@@ -9,7 +9,7 @@ reside.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ from sherl_pipe.cache import FeatureCache, InputError, LabelTable, ShardData, St
 from sherl_pipe.cache.codecs import Codec
 from sherl_pipe.stages import quantize
 from sherl_pipe.stages.residency import Home, choose
-from sherl_pipe.stages.shelf import Form, Ints, Shelf, arrivals
+from sherl_pipe.stages.shelf import Form, Shelf, arrivals
+from sherl_pipe.stages.shelf import Ints as Ints
 from torch import Tensor
 
 # Shards that are mixed with one another. A constant: if it followed the memory budget, the order
@@ -169,7 +170,7 @@ class FeatureSource:
 
     def read(
         self, batches: Sequence[Ints], progress: Callable[[int, int], None] | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches with their features; threads read the next shards while the caller works.
 
         Features that stay need not be there at the start: a batch comes as soon as its own shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -102,7 +102,8 @@ class Shelf:
 
     def starts(self, role: str, shards: Ints) -> Ints:
         """`[n]`: where the rows of `shards` `[n]` begin."""
-        return self._start[role][self._place[shards]]
+        found: Ints = self._start[role][self._place[shards]]
+        return found
 
     def rows(self, role: str, where: Ints, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Codes `[K, n, bytes]` and scales of the rows `where` `[n]`, on `device`."""
@@ -114,11 +115,11 @@ class Shelf:
 
 
 def _copy(source: npt.NDArray[np.uint8], target: Tensor) -> None:
-    found = torch.from_numpy(source)
     if target.device.type != "cuda":
-        target.copy_(found)
+        # PyTorch's own copy would start a team of threads for every reader.
+        np.copyto(target.numpy(), source)
         return
-    target.copy_(found.pin_memory(), non_blocking=True)
+    target.copy_(torch.from_numpy(source).pin_memory(), non_blocking=True)
     # The shard is there only when its bytes are, whichever of the device's streams reads them.
     torch.cuda.current_stream(target.device).synchronize()
 
@@ -139,7 +140,7 @@ def arrivals(
     read: Callable[[int], Mapping[str, ShardData]],
     readers: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Number after number of `needs`, each when the shards that it names are on the shelf.
 
     Threads read what later needs name while the caller works: all of it where the shelf has room

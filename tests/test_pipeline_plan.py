@@ -273,9 +273,16 @@ def test_a_sample_that_cannot_be_written_is_said_so(
 
 def test_features_that_memory_does_not_hold_are_planned_as_streamed(world: Path) -> None:
     model = save_model(world / "model", "bert")
-    argv = ("plan", "--model", model, "--data", "data", *PLAN, "--memory-budget", "1k")
-    assert all(task["streamed"] for task in done(*argv, "--json").json["tasks"].values())
-    assert "streamed" in done(*argv).out
+    argv = ("plan", "--model", model, "--data", "data", *PLAN)
+    small = ("--memory-budget", "1k")
+
+    def streamed(*options: str) -> set[bool]:
+        tasks = done(*argv, *options, "--json").json["tasks"]
+        return {task["streamed"] for task in tasks.values()}
+
+    assert streamed(*small) == streamed("--residency", "stream") == {True}
+    assert streamed(*small, "--residency", "host") == {False}
+    assert "streamed" in done(*argv, *small).out
 
 
 def test_plan_refuses_what_extract_and_tune_would(world: Path) -> None:
