@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import CorruptCacheError, FeatureCache, InputError, Stream
-from sherl_pipe.stages import features
+from sherl_pipe.stages import features, shelf
 from sherl_pipe.stages.features import WINDOW, Batch, FeatureSource, Ints, Packed
 from sherl_pipe.stages.tune import Tuner
 from tune_tools import MUCH, Stopped, World, make_world, recorder, same, weights
@@ -181,6 +182,29 @@ def test_a_damaged_shard_ends_the_training(
         tuner.run()
     assert caught.value.exit_code == 4
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["host", "stream"])
+def test_a_tuning_tells_of_shards_that_it_waits_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(shelf, "PATIENCE", 0.0)
+    told: list[tuple[str, int, int]] = []
+
+    def progress(what: str, done: int, total: int, unit: str) -> None:
+        if unit == "shards":
+            told.append((what, done, total))
+
+    world.tuner(tmp_path, task="alone", residency=kind).run(progress)
+    assert {what for what, _, _ in told} == {
+        "alone sherl seed 0: loading",
+        "evaluation: loading",
+    }
+    assert told[-1][1] == told[-1][2]
+    for (what, done, total), following in pairwise(told):
+        assert 0 < done <= total
+        if done < total:  # a bar that was begun is ended
+            assert following[0] == what and following[1] > done and following[2] == total
 
 
 def test_a_home_for_training_and_for_held_out_rows(world: World) -> None:
