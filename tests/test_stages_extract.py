@@ -117,7 +117,7 @@ def test_words_are_scored_where_they_part() -> None:
     assert scoring.tree.words == ((5, 6), (5, 7), (4,))
     assert scoring.tokens == (4, 5, 6, 7)
     assert [tree.nodes[node] for node in scoring.nodes] == [(0,), (0, 5)]
-    assert scoring.paths == [[0, 2], [0, 2], [0]]
+    assert scoring.paths == ((0, 2), (0, 2), (0,))
     logits = torch.randn(2, 2, 4, requires_grad=True)
     first, second = logits[:, 0, :2].log_softmax(-1), logits[:, 1, 2:].log_softmax(-1)
     expected = torch.stack([first[:, 1] + second[:, 0], first[:, 1] + second[:, 1], first[:, 0]], 1)

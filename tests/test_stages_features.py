@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sherl_pipe.stages import pack
 from sherl_pipe.stages.features import FeatureSource
-from sherl_pipe.stages.tune import Tuner
-from tune_tools import MUCH, World, make_world, same, weights
+from sherl_pipe.stages.tune import train_step
+from tune_tools import MUCH, World, make_world, run, same, weights
 
 
 @pytest.fixture(scope="module", params=["bert", "t5"])
@@ -42,7 +43,7 @@ def test_batches_do_not_depend_on_where_features_are(world: World, tmp_path: Pat
                 assert torch.equal(packed.states, second.streams[role].states)
                 assert torch.equal(packed.lengths, second.streams[role].lengths)
     results = [
-        world.tuner(tmp_path / str(budget), task="alone", budget=budget).run()
+        run(world.tuner(tmp_path / str(budget), task="alone", budget=budget))
         for budget in (MUCH, 0)
     ]
     assert weights(tmp_path / str(MUCH)) == weights(tmp_path / "0") and same(*results)
@@ -67,13 +68,12 @@ def test_training_sees_every_row_once_an_epoch(
 ) -> None:
     """Windows of shards may leave different numbers of half-full batches in different epochs."""
     seen: list[int] = []
-    step = Tuner.step
 
-    def note(tuner: Tuner, batch: Any, *rest: Any) -> None:
-        seen.extend(batch.rows.tolist())
-        step(tuner, batch, *rest)
+    def note(tuners: Any, batches: Any, *rest: Any) -> Any:
+        seen.extend(row for batch in batches for row in batch.rows.tolist())
+        return train_step(tuners, batches, *rest)
 
-    monkeypatch.setattr(Tuner, "step", note)
+    monkeypatch.setattr(pack, "train_step", note)
     source = sources(world, 0)
 
     def uneven(size: int) -> bool:
@@ -81,7 +81,7 @@ def test_training_sees_every_row_once_an_epoch(
 
     size = next(filter(uneven, range(5, 40)), 16)
     tuner = world.tuner(tmp_path, task="alone", epochs=4, batch_size=size)
-    tuner.run()
+    run(tuner)
     rows = len(tuner.task.train.ids)
     for epoch in range(4):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
