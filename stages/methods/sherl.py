@@ -70,7 +70,7 @@ class SherlEncoder(Route):
         packed = [streams["hidden"] for streams in batches]
         size = max(each.longest for each in packed)
         masks = [each.mask(size) for each in packed]
-        padded = [each.pad(*own, size) for each, own in zip(packed, fused, strict=True)]
+        padded = [each.pad(states, size) for each, (states,) in zip(packed, fused, strict=True)]
         out = routes[0].late(
             inputs_embeds=torch.cat(padded), attention_mask=torch.cat(masks).long()
         )
