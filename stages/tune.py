@@ -21,7 +21,7 @@ from sherl_pipe.stages import checkpoint, metrics
 from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, Route, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints
 from sherl_pipe.stages.memory import PeakMemory
-from sherl_pipe.stages.methods import METHODS
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
 from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
@@ -46,16 +46,13 @@ class Tuner:
     """
 
     def __init__(self, task: Task, settings: TuneSettings, folder: Path, *, budget: int) -> None:
-        if settings.method not in METHODS:
-            raise InputError(
-                explain("method", expected=f"one of {sorted(METHODS)}", found=settings.method)
-            )
+        method = find_method(settings.method)
         if settings.precision not in PRECISIONS:
             raise InputError(
                 explain("precision", expected=f"one of {PRECISIONS}", found=settings.precision)
             )
         self.task, self.settings, self.folder = task, settings, folder
-        backbone, method = task.backbone, METHODS[settings.method]
+        backbone = task.backbone
         self.memory = PeakMemory(backbone.device)
         cached = {kind: spec.taps for kind, spec in task.cache.identity.streams.items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)

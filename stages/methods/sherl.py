@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
@@ -203,6 +204,12 @@ class Sherl:
     """The method `sherl`: which taps it reads and how its route is built."""
 
     name = "sherl"
+
+    @staticmethod
+    def late_blocks(late: int) -> dict[str, int]:
+        """How many of the last blocks of a stream run in its route; a stream that is not named
+        runs none, and one that a family lacks does not matter."""
+        return {"hidden": late, "decoder": late}
 
     @staticmethod
     def choose_taps(
