@@ -131,7 +131,7 @@ def _shards(name: str, revision: str) -> list[str]:
 
 def _find(name: str, file: str, revision: str) -> Path | None:
     """A file of a folder or of a hub repository, downloaded if it must be; None without one."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(name, file, revision=revision)

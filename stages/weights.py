@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 PIECE = 1 << 20  # bytes read at a time; whole elements of every type
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Types of safetensors that become float32 without a conversion of their own.
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
