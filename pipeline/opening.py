@@ -206,6 +206,7 @@ def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
         clip=tune.clip,
         init=tune.init,
         pool=tune.pool,
+        loss=tune.loss,
         precision=tune.precision,
     )
     return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]

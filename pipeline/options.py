@@ -106,6 +106,12 @@ TUNE = [
         default="mean",
         help="Of an encoder's head.",
     ),
+    click.option(
+        "--loss",
+        type=click.Choice(["words", "vocabulary"]),
+        default="words",
+        help="What label words of a text-to-text model compete with.",
+    ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
     MEMORY_BUDGET,
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),

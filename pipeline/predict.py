@@ -18,7 +18,7 @@ from sherl_pipe.stages.data import check_text, load_sources
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, Scoring
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Predictor:
         self.template = Template.from_json(config.template)
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
-        self.tree: PrefixTree | None = None
+        self.scoring: Scoring | None = None
         if backbone.family.seq2seq:
-            self.tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
+            tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
+            self.scoring = Scoring.of(tree, config.loss)
 
     def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Texts from the command line; for pairs, two and two belong together."""
@@ -117,8 +118,8 @@ class Predictor:
                 members = list(range(at, min(at + batch_size, len(texts))))
                 inputs: dict[str, Any] = tokens.batch(members, pad)
                 inputs = {name: values.to(self.device) for name, values in inputs.items()}
-                if self.tree is not None:
-                    found.append(self.model.word_scores(self.tree, **inputs).float().cpu())
+                if self.scoring is not None:
+                    found.append(self.model.word_scores(self.scoring, **inputs).float().cpu())
                 else:
                     found.append(self.model(**inputs).logits.float().cpu())
                 bars("predicting", members[-1] + 1, len(texts), "examples")

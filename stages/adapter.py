@@ -17,16 +17,14 @@ from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.methods import METHODS, Consolidation
-from sherl_pipe.stages.methods.base import RouteSpec, pooled, trainable
-from sherl_pipe.stages.methods.sherl import SherlEncoder, SherlSeq2Seq
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
+from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
+from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter.safetensors"
 ADAPTER_FORMAT = 1
-
-Route = SherlEncoder | SherlSeq2Seq
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class AdapterConfig:
         template: how columns become texts, as `Template.to_json` writes it.
         max_length: tokens after which an input is cut.
         scaling: (mean, spread) of regression labels.
+        loss: how label words are scored, as they were trained.
     """
 
     task: str
@@ -52,6 +51,7 @@ class AdapterConfig:
     template: list[Any]
     max_length: int
     scaling: tuple[float, float]
+    loss: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -64,6 +64,7 @@ class AdapterConfig:
             "template": self.template,
             "max_length": self.max_length,
             "scaling": list(self.scaling),
+            "loss": self.loss,
         }
 
     @classmethod
@@ -77,6 +78,7 @@ class AdapterConfig:
             template=data["template"],
             max_length=int(data["max_length"]),
             scaling=(float(data["scaling"][0]), float(data["scaling"][1])),
+            loss=data["loss"],
         )
 
 
@@ -142,9 +144,9 @@ class TunedModel(nn.Module):
         model: Any = self.model
         return model.generate(*args, **kwargs)
 
-    def word_scores(self, tree: PrefixTree, **inputs: Tensor) -> Tensor:
-        """Log-probability `[B, words]` of every label word, exactly."""
-        size = inputs["input_ids"].shape[0]
+    def word_scores(self, scoring: Scoring, **inputs: Tensor) -> Tensor:
+        """Log-probability `[B, words]` of every label word."""
+        size, tree = inputs["input_ids"].shape[0], scoring.tree
         device = inputs["input_ids"].device
         mask = tree.flat_mask(next(self.parameters()).dtype).to(device)
         out = self(
@@ -152,7 +154,7 @@ class TunedModel(nn.Module):
             decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
             decoder_attention_mask=mask.expand(size, -1, -1, -1),
         )
-        return tree.score(out.logits[:, tree.first_places().to(device)])
+        return scoring.score(scoring.pick(out.logits[:, tree.first_places().to(device)]))
 
 
 def save_adapter(folder: str | Path, config: AdapterConfig, route: nn.Module) -> None:
@@ -290,7 +292,7 @@ def _load_published(route: SherlSeq2Seq, params: Mapping[str, Tensor]) -> None:
 
     route.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
     route.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
-    norms: Any = {"encoder": route.encoder_norm, "decoder": route.late.final_layer_norm}
+    norms: Any = {"encoder": route.encoder_norm, "decoder": route.decoder_norm}
     for stream, norm in norms.items():
         norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
     if used != set(params):

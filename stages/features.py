@@ -40,14 +40,18 @@ class Packed:
     lengths: Tensor
 
     @property
-    def mask(self) -> Tensor:
-        """`[B, S]`, True where a padded batch holds a token."""
-        longest = int(self.lengths.max())
-        return torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
+    def longest(self) -> int:
+        """Rows of the longest example."""
+        return int(self.lengths.max())
 
-    def pad(self, rows: Tensor) -> Tensor:
+    def mask(self, size: int | None = None) -> Tensor:
+        """`[B, S]`, True where a batch padded to `size` rows (by default the longest) has one."""
+        places = torch.arange(size or self.longest, device=self.lengths.device)
+        return places < self.lengths[:, None]
+
+    def pad(self, rows: Tensor, size: int | None = None) -> Tensor:
         """`[n, d] -> [B, S, d]`, zeros behind the end of each example."""
-        mask = self.mask
+        mask = self.mask(size)
         out = rows.new_zeros(mask.numel(), rows.shape[-1])
         places = mask.view(-1).nonzero().squeeze(-1)
         return out.index_copy(0, places, rows).view(*mask.shape, rows.shape[-1])

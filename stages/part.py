@@ -48,7 +48,8 @@ def load_part(
 
     Args:
         name: a folder or a hub id.
-        late: by stream, how many of its last blocks are needed; no entry for none.
+        late: by stream, how many of its last blocks are needed; no entry for none. Streams that
+            the model lacks do not matter.
         revision: of the hub.
         device: where the weights that are kept go.
 

@@ -141,7 +141,7 @@ class DecoderPass:
             input_ids=inputs,
             attention_mask=mask,
             encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
-            encoder_attention_mask=encoder.mask.long(),
+            encoder_attention_mask=encoder.mask().long(),
             use_cache=False,
         )
         return torch.stack([self._recorder.states[tap] for tap in self._taps])

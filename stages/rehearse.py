@@ -108,7 +108,9 @@ class _Rehearsal:
         self._lengths = tokens.lengths
         self._words = task.words_of(table.labels) if task.tree is not None else None
         reads = self._tuner.route.reads()
-        self._live = LivePass(setup.backbone, reads, tokens, pad_id(setup.tokenizer), task.tree)
+        scoring = self._tuner.scoring
+        tree = scoring.tree if scoring else None
+        self._live = LivePass(setup.backbone, reads, tokens, pad_id(setup.tokenizer), tree)
         self._optimizer = self._tuner.optimizer()
         self._clock = Clock(setup.backbone.device)
         main = setup.backbone.family.main
@@ -123,7 +125,6 @@ class _Rehearsal:
         tuner.train.preload()
         load = clock.lap()
         tuner.route.train()
-        tuner.route.late.eval()
         # Not in turns: each would find the processor's caches full of the other's data.
         (cached,) = _medians(lambda rows: (self._cached_step(rows),), batches, seconds / 2)
         forward, live = _medians(self._live_step, batches, seconds / 2)

@@ -23,6 +23,7 @@ class TuneSettings:
         weight_decay, clip: of AdamW; largest gradient norm.
         init: of the consolidation, `residual` or `paper`.
         pool: of an encoder's head, `mean` or `first`.
+        loss: of label words, `words` or `vocabulary` (see `Scoring`); text-to-text backbones.
         precision: `float32`, or `bf16` for autocast.
     """
 
@@ -38,6 +39,7 @@ class TuneSettings:
     clip: float = 1.0
     init: str = "residual"
     pool: str = "mean"
+    loss: str = "words"
     precision: str = "float32"
 
     @property

@@ -94,8 +94,8 @@ def late_encoder(backbone: Backbone, late: int) -> nn.Module:
     return model
 
 
-def late_decoder(backbone: Backbone, late: int, final_norm: nn.Module) -> nn.Module:
-    """The last `late` blocks of a T5 decoder, ending in `final_norm`.
+def late_decoder(backbone: Backbone, late: int) -> nn.Module:
+    """The last `late` blocks of a T5 decoder, without the final norm.
 
     Called with `inputs_embeds [B, P, d]` and `encoder_hidden_states [B, S, d]`. The relative
     position bias belongs to block 0 of the whole stack and moves to the first block that is left.
@@ -107,6 +107,6 @@ def late_decoder(backbone: Backbone, late: int, final_norm: nn.Module) -> nn.Mod
     attention.has_relative_attention_bias = True
     attention.relative_attention_bias = bias
     stack.embed_tokens = None
-    stack.final_layer_norm = final_norm
+    stack.final_layer_norm = nn.Identity()
     decoder: nn.Module = stack
     return decoder

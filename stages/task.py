@@ -13,7 +13,7 @@ from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import FeatureSource, Ints, Reading
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
 
 HOLD_OUT = 10  # one in so many training examples, where a task has no validation split
@@ -75,21 +75,31 @@ class Task:
         return nearest
 
     def source(
-        self, table: LabelTable, reads: Mapping[str, tuple[int, ...]], *, budget: int, train: bool
+        self,
+        table: LabelTable,
+        reads: Mapping[str, tuple[int, ...]],
+        scoring: Scoring | None = None,
+        *,
+        budget: int,
+        train: bool,
     ) -> FeatureSource:
-        """Features of a table's rows: in training the label's own path, else every word's."""
+        """Features of a table's rows; of decoder states those that `scoring` needs, in training
+        the label's own path, else every word's."""
         readings = {}
+        choices = self.words_of(table.labels) if train else np.zeros(len(table.labels), np.int64)
         for role, taps in reads.items():
-            stream = self.tree.stream if self.tree and role == "decoder" else role
-            paths = self.tree.paths if self.tree and role == "decoder" and train else None
-            readings[role] = Reading(stream, taps, paths)
+            if role == "decoder" and self.tree is not None and scoring is not None:
+                paths = scoring.paths if train else [scoring.nodes]
+                readings[role] = Reading(self.tree.stream, taps, paths)
+            else:
+                readings[role] = Reading(role, taps)
         return FeatureSource(
             self.cache,
             table,
             readings,
             budget=budget,
             device=self.backbone.device,
-            choices=self.words_of(table.labels) if self.tree else None,
+            choices=choices if self.tree else None,
         )
 
     def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:

@@ -18,16 +18,16 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
-from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, Route, save_adapter
+from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import RouteSpec, trainable
+from sherl_pipe.stages.methods.base import Route, RouteSpec, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
-from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,10 +75,11 @@ class Tuner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.route: Route = method.build(backbone, self.spec)
+        self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
         reads = self.route.reads()
-        self.train = task.source(task.train, reads, budget=budget, train=True)
+        self.train = task.source(task.train, reads, self.scoring, budget=budget, train=True)
         left = budget - (self.train.coded_bytes if self.train.resident else 0)
-        self.held_out = task.source(task.held_out, reads, budget=left, train=False)
+        self.held_out = task.source(task.held_out, reads, self.scoring, budget=left, train=False)
         self.parameters = trainable(self.route)
 
     @property
@@ -153,17 +154,16 @@ class Tuner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a training batch."""
-        task, rows = self.task, batch.rows
+        (hidden,) = self.route.hidden([self.route], [batch.streams])
+        return self._loss(hidden, batch.rows)
+
+    def _loss(self, hidden: Tensor, rows: Ints) -> Tensor:
+        task, device = self.task, hidden.device
         labels = [task.train.labels[row] for row in rows.tolist()]
-        device = task.backbone.device
-        if isinstance(self.route, SherlSeq2Seq) and task.tree is not None:
-            logits = self.route(batch.streams["encoder"], batch.streams["decoder"])
-            words = [task.tree.words[word] for word in task.words_of(labels)]
-            targets = torch.full(logits.shape[:2], -100)
-            for row, word in enumerate(words):
-                targets[row, : len(word)] = torch.tensor(word)
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device))
-        logits = self.route(batch.streams["hidden"]).float()
+        if self.scoring is not None:
+            logits = self.route.logits(hidden, self.scoring.tokens).float()
+            return self.scoring.loss(logits, torch.from_numpy(task.words_of(labels)))
+        logits = self.route.logits(hidden).float()
         if task.spec.kind == "classification":
             return F.cross_entropy(logits, torch.tensor(labels, device=device))
         mean, spread = task.scaling
@@ -171,15 +171,12 @@ class Tuner:
         return F.mse_loss(logits[:, 0], wanted)
 
     def _outputs(self, batch: Batch) -> Tensor:
+        scoring = self.scoring
         with self._autocast():
-            if isinstance(self.route, SherlSeq2Seq) and self.task.tree is not None:
-                tree = self.task.tree
-                streams = batch.streams
-                return tree.score(
-                    self.route.node_logits(streams["encoder"], streams["decoder"], tree).float()
-                )
-            outputs: Tensor = self.route(batch.streams["hidden"])
-            return outputs
+            tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
+            (hidden,) = self.route.hidden([self.route], [batch.streams], tree)
+            logits = self.route.logits(hidden, tokens).float()
+        return scoring.score(logits) if scoring else logits
 
     def _autocast(self) -> torch.autocast:
         kind = self.task.backbone.device.type
@@ -206,7 +203,6 @@ class Tuner:
             batches = self.train.epoch(settings.seed, epoch, settings.batch_size)
             batches = batches[len(batches) - (int(ends[epoch]) - step) :]
             self.route.train()
-            self.route.late.eval()
             for batch in self.train.read(batches):
                 self.step(batch, optimizer, step, total)
                 step += 1
@@ -238,7 +234,9 @@ class Tuner:
             slow = settings.init == "residual" and name.rpartition(".")[2] == "gate"
             rates[GATE_SCALE if slow else 1.0].append(parameter)
         groups = [{"params": members, "share": share} for share, members in rates.items()]
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Take step `step` of `total` on a training batch.
@@ -261,7 +259,7 @@ class Tuner:
         optimizer.step()
 
     def _save(self, result: TuneResult) -> None:
-        identity = self.task.cache.identity
+        identity, settings = self.task.cache.identity, self.settings
         where = self.task.cache.places[self.task.train.ids[0]][0]
         stream = self.task.backbone.family.main
         config = AdapterConfig(
@@ -276,10 +274,11 @@ class Tuner:
             template=self.task.cache.stream(where, stream).notes["template"],
             max_length=identity.max_length,
             scaling=self.task.scaling,
+            loss=settings.loss,
         )
         save_adapter(self.folder, config, self.route)
         store = LocalStore(self.folder)
-        body = {"key": self.key, "result": asdict(result), "settings": asdict(self.settings)}
+        body = {"key": self.key, "result": asdict(result), "settings": asdict(settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
         store.delete(checkpoint.NAME)
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from sherl_pipe.cache import InputError
+from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ class PrefixTree:
         ]
 
     @cached_property
+    def children(self) -> list[list[int]]:
+        """Per node, the tokens that follow it in some word."""
+        found: list[set[int]] = [set() for _ in self.nodes]
+        for path, word in zip(self.paths, self.words, strict=True):
+            for node, token in zip(path, word, strict=True):
+                found[node].add(token)
+        return [sorted(tokens) for tokens in found]
+
+    @cached_property
     def flat_nodes(self) -> list[int]:
         """Node numbers of the paths to all leaves, one after another."""
         ends = {path[-1]: path for path in self.paths}
@@ -105,14 +116,107 @@ class PrefixTree:
         """For every node, its first place among the flat paths, `[nodes]`."""
         return torch.tensor([self.flat_nodes.index(node) for node in range(len(self.nodes))])
 
-    def score(self, logits: Tensor) -> Tensor:
-        """Log-probability of every word, `[B, words]`, of `logits [B, nodes, vocabulary]`.
 
-        Exact: the end token counts, so words of different lengths compete fairly.
+LOSSES = ("words", "vocabulary")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a tree's words are told apart, in training and in evaluation.
+
+    With `vocabulary` every token of a word competes with the whole vocabulary, the end token
+    included: the model's own likelihood of the word, as the papers train it. With `words` a token
+    competes only with the tokens that other words have at its place, so places that every word
+    agrees on are left out, and of the head only the rows of those tokens are computed.
+
+    Attributes:
+        tree: the words, for `words` cut behind the last place at which they part.
+        nodes: for every node of `tree`, its number in the tree whose states are cached.
+        tokens: the part of the vocabulary that is computed, None for all of it.
+    """
+
+    tree: PrefixTree
+    nodes: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, tree: PrefixTree, loss: str) -> Scoring:
+        """Raises InputError for an unknown loss."""
+        if loss not in LOSSES:
+            raise InputError(explain("loss", expected=f"one of {LOSSES}", found=loss))
+        if loss == "vocabulary":
+            return cls(tree, tuple(range(len(tree.nodes))), None)
+        after = tree.children
+        cut = []
+        for word, path in zip(tree.words, tree.paths, strict=True):
+            ends = [end + 1 for end, node in enumerate(path) if len(after[node]) > 1]
+            cut.append(word[: max(ends, default=1)])
+        short = PrefixTree(tree.start, tuple(cut))
+        place = {node: number for number, node in enumerate(tree.nodes)}
+        tokens = sorted({token for tokens in short.children for token in tokens})
+        return cls(short, tuple(place[node] for node in short.nodes), tuple(tokens))
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """Per word, the cached nodes at which its tokens are predicted, in order."""
+        return [[self.nodes[node] for node in path] for path in self.tree.paths]
+
+    def loss(self, logits: Tensor, words: Tensor) -> Tensor:
+        """Mean loss of a batch: over its tokens for `vocabulary` (as Hugging Face's models have
+        it), over its examples for `words`.
+
+        Args:
+            logits: `[B, P, V]` along the path of each example's own word, V being `tokens`.
+            words: `[B]`, the words' numbers.
         """
+        targets, nodes = (table[words, : logits.shape[1]] for table in self._tables)
+        if self.tokens is None:
+            return functional.cross_entropy(
+                logits.flatten(0, 1), targets.to(logits.device).flatten()
+            )
+        logits = logits + self._rivals.to(logits)[nodes.to(logits.device)]
+        targets = targets.to(logits.device)
+        total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / len(words)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Log-probability of every word, `[B, words]`, of `logits [B, nodes, V]`.
+
+        Exact for `vocabulary`: the end token counts, so words of different lengths compete
+        fairly. For `words` the probabilities of all words add up to one.
+        """
+        if self.tokens is not None:
+            logits = logits + self._rivals.to(logits)
         norms = logits.logsumexp(-1)
         scores = [
-            (logits[:, path, list(word)] - norms[:, path]).sum(-1)
-            for path, word in zip(self.paths, self.words, strict=True)
+            (logits[:, path, self._places(word)] - norms[:, path]).sum(-1)
+            for path, word in zip(self.tree.paths, self.tree.words, strict=True)
         ]
         return torch.stack(scores, dim=1)
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """`[..., V]` of the logits of the whole vocabulary."""
+        return logits if self.tokens is None else logits[..., list(self.tokens)]
+
+    def _places(self, word: Sequence[int]) -> list[int]:
+        """Where a word's tokens stand in V."""
+        return list(word) if self.tokens is None else [self.tokens.index(t) for t in word]
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Targets (-100 behind a word's end) and nodes of every word's path, `[words, P]`."""
+        longest = max(map(len, self.tree.words))
+        targets = torch.full((len(self.tree.words), longest), -100)
+        nodes = torch.zeros(targets.shape, dtype=torch.long)
+        for row, (path, word) in enumerate(zip(self.tree.paths, self.tree.words, strict=True)):
+            targets[row, : len(word)] = torch.tensor(self._places(word))
+            nodes[row, : len(word)] = torch.tensor(path)
+        return targets, nodes
+
+    @cached_property
+    def _rivals(self) -> Tensor:
+        """`[nodes, V]`, zero for the tokens that follow a node and minus infinity for others."""
+        mask = torch.full((len(self.tree.nodes), len(self.tokens or ())), -torch.inf)
+        for node, tokens in enumerate(self.tree.children):
+            mask[node, self._places(tokens)] = 0
+        return mask

@@ -76,16 +76,16 @@ def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("late", [1, 2])
-def test_evaluation_equals_live(tmp_path: Path, family: str, late: int) -> None:
+@pytest.mark.parametrize(("late", "loss"), [(1, "words"), (2, "words"), (1, "vocabulary")])
+def test_evaluation_equals_live(tmp_path: Path, family: str, late: int, loss: str) -> None:
     setting = prepare(tmp_path, family, taps="all")
-    tuner = make_tuner(setting, tmp_path, late=late)
+    tuner = make_tuner(setting, tmp_path, late=late, loss=loss)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "colour", "validation")
     with torch.no_grad():
-        if setting["task"].tree is not None:
-            expected = live.word_scores(setting["task"].tree, **inputs)
+        if tuner.scoring is not None:
+            expected = live.word_scores(tuner.scoring, **inputs)
         else:
             expected = live(**inputs).logits
     assert cached.std() > 0.05
@@ -95,7 +95,7 @@ def test_evaluation_equals_live(tmp_path: Path, family: str, late: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_live(tmp_path: Path, family: str) -> None:
     setting = prepare(tmp_path, family)
-    tuner = make_tuner(setting, tmp_path)
+    tuner = make_tuner(setting, tmp_path, loss="vocabulary")
     task = setting["task"]
     tuner.route.eval()
     order = np.arange(len(task.train.ids))
@@ -130,15 +130,15 @@ def test_lossy_codecs_stay_close(tmp_path: Path, family: str, codec: str, bound:
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "colour", "validation")
     with torch.no_grad():
-        tree = setting["task"].tree
-        expected = live.word_scores(tree, **inputs) if tree else live(**inputs).logits
+        scoring = tuner.scoring
+        expected = live.word_scores(scoring, **inputs) if scoring else live(**inputs).logits
     assert (cached - expected).abs().max() < bound * expected.abs().max()
 
 
 def test_word_scores_are_the_models_likelihoods(tmp_path: Path) -> None:
     """Tree scoring equals plain teacher forcing of each word, graded labels included."""
     setting = prepare(tmp_path, "t5", task="size")
-    tuner = make_tuner(setting, tmp_path)
+    tuner = make_tuner(setting, tmp_path, loss="vocabulary")
     task = setting["task"]
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "size", "validation")
@@ -149,6 +149,36 @@ def test_word_scores_are_the_models_likelihoods(tmp_path: Path) -> None:
             logits = live(inputs["input_ids"], inputs["attention_mask"], labels).logits
         plain = -F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
         assert (cached[:, number] - plain).abs().max() < 1e-4
+
+
+def test_words_compete_with_one_another(tmp_path: Path) -> None:
+    """The `words` loss and scores are those of a softmax over what tells the words apart, and its
+    gradients those of the live model with that loss."""
+    setting = prepare(tmp_path, "t5", task="size")
+    tuner = make_tuner(setting, tmp_path)
+    task = setting["task"]
+    live = TunedModel(setting["backbone"], tuner.route).eval()
+    tuner.route.eval()
+    (batch,) = list(tuner.train.read([np.arange(len(task.train.ids))]))
+    loss = tuner.loss(batch)
+    loss.backward()
+    mine = {name: p.grad.clone() for name, p in tuner.parameters.items() if p.grad is not None}
+    tuner.route.zero_grad()
+    inputs = live_inputs(setting, "size", "train")
+    # "0" to "5", each one token and the end token: they part at the first one.
+    first = [word[0] for word in task.tree.words]
+    start = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long)
+    logits = live(**inputs, decoder_input_ids=start).logits[:, 0, first]
+    expected = F.cross_entropy(logits, torch.from_numpy(task.words_of(task.train.labels)))
+    assert (loss - expected).abs() < 1e-5
+    expected.backward()
+    found = trainable(tuner.route)
+    assert len(mine) == len(found)
+    for name, gradient in mine.items():
+        scale = found[name].grad.abs().max().clamp(min=1e-4)
+        assert (gradient - found[name].grad).abs().max() / scale < 1e-3, name
+    scores = tuner.outputs(tuner.held_out, 6)
+    assert torch.allclose(scores.exp().sum(-1), torch.ones(len(scores)), atol=1e-5)
 
 
 def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path) -> None:

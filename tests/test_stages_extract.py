@@ -20,7 +20,7 @@ from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.taps import extracted_taps, paper_blocks
 from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.weights import weights_fingerprint
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, Scoring
 
 QUIET = Bars(None)
 
@@ -108,7 +108,33 @@ def test_prefix_tree_shares_what_words_share() -> None:
     logits = torch.randn(2, 4, 9)
     logs = logits.log_softmax(-1)
     expected = logs[:, 0, 5] + logs[:, 1, 7] + logs[:, 3, 1]
-    assert torch.allclose(tree.score(logits)[:, 1], expected, atol=1e-5)
+    scoring = Scoring.of(tree, "vocabulary")
+    assert torch.allclose(scoring.score(logits)[:, 1], expected, atol=1e-5)
+
+
+def test_words_are_scored_where_they_part() -> None:
+    """Cut behind the last place at which words part; probabilities among the words only."""
+    tree = PrefixTree(0, ((5, 6, 8, 1), (5, 7, 1), (4, 9, 1)))
+    scoring = Scoring.of(tree, "words")
+    assert scoring.tree.words == ((5, 6), (5, 7), (4,))
+    assert scoring.tokens == (4, 5, 6, 7)
+    assert [tree.nodes[node] for node in scoring.nodes] == [(0,), (0, 5)]
+    assert scoring.paths == [[0, 2], [0, 2], [0]]
+    logits = torch.randn(2, 2, 4, requires_grad=True)
+    first, second = logits[:, 0, :2].log_softmax(-1), logits[:, 1, 2:].log_softmax(-1)
+    expected = torch.stack([first[:, 1] + second[:, 0], first[:, 1] + second[:, 1], first[:, 0]], 1)
+    assert torch.allclose(scoring.score(logits), expected, atol=1e-6)
+    assert torch.allclose(scoring.score(logits).exp().sum(-1), torch.ones(2))
+    # Along the paths of the words 1 and 2; the second one's path is one place long.
+    loss = scoring.loss(logits, torch.tensor([1, 2]))
+    assert torch.allclose(loss, -(expected[0, 1] + expected[1, 2]) / 2)
+    loss.backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+    assert (logits.grad[0, 0, 2:] == 0).all() and (logits.grad[1, 1] == 0).all()
+    one = Scoring.of(PrefixTree(0, ((5, 1),)), "words")
+    assert one.tree.words == ((5,),)
+    with pytest.raises(InputError, match="loss: expected one of"):
+        Scoring.of(tree, "nope")
 
 
 def test_words_that_look_alike_to_the_tokenizer_are_refused(tmp_path: Path) -> None:

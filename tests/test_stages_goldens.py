@@ -9,7 +9,7 @@ import torch
 from golden_tools import LOGITS, OUTPUT, backbone, check_gradients, difference, load, section
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.adapter import TunedModel, load_reference
-from sherl_pipe.stages.methods.sherl import Consolidation
+from sherl_pipe.stages.methods.consolidation import Consolidation
 from torch import Tensor
 
 MODULES = [
@@ -76,7 +76,7 @@ def test_t5_forward_and_gradients(name: str) -> None:
         for key, gradient in module.reference_parameters(gradients=True).items():
             mine[f"{stream}.side_mtsa_block.{key}"] = gradient
     mine["encoder.final_side_layer_norm.weight"] = route.encoder_norm.weight.grad
-    mine["decoder.final_side_layer_norm.weight"] = route.late.final_layer_norm.weight.grad
+    mine["decoder.final_side_layer_norm.weight"] = route.decoder_norm.weight.grad
     check_gradients(mine, section(tensors, "grad.param."), meta.get("analytically_zero_grads", []))
 
 

@@ -223,7 +223,8 @@ def test_live_features_are_the_cached_ones(
         task = Task(cache, name, backbone, tokenizer)
         tuner = Tuner(task, TuneSettings(reduction=1), tmp_path, budget=1 << 40)
         tokens = Tokens([inputs[each] for each in task.train.ids], 0)
-        live = LivePass(backbone, tuner.route.reads(), tokens, pad_id(tokenizer), task.tree)
+        tree = tuner.scoring.tree if tuner.scoring else None
+        live = LivePass(backbone, tuner.route.reads(), tokens, pad_id(tokenizer), tree)
         words = task.words_of(task.train.labels) if task.tree else None
         for batch in tuner.train.read(tuner.train.epoch(0, 0, 16)):
             other = live.batch(batch.rows, None if words is None else words[batch.rows])

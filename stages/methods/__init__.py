@@ -5,7 +5,8 @@ A method is a class with the interface of `Method`; adding one is one file and o
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.methods.sherl import Consolidation, Sherl
+from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.sherl import Sherl
 
 METHODS = {"sherl": Sherl}
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 POOLS = ("mean", "first")
@@ -50,6 +53,52 @@ class RouteSpec:
     def from_json(cls, data: Mapping[str, Any]) -> RouteSpec:
         taps = {stream: tuple(taps) for stream, taps in data["taps"].items()}
         return cls(**{**data, "taps": taps})
+
+
+class Route(nn.Module):
+    """What is trained of one tuning, and the frozen blocks behind it.
+
+    Attributes:
+        spec: its structure.
+        late: the frozen blocks. Their dropout stays off: features are those of eval mode too.
+    """
+
+    spec: RouteSpec
+    late: nn.Module
+
+    @abstractmethod
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream."""
+
+    @staticmethod
+    @abstractmethod
+    def hidden(
+        routes: Sequence[Any],
+        batches: Sequence[Mapping[str, Packed]],
+        tree: PrefixTree | None = None,
+    ) -> list[Tensor]:
+        """What each route's head reads, of each route's batch of cached features.
+
+        Args:
+            routes: of this class, on one backbone.
+            batches: by stream. Decoder rows are those along one path per example, or, with
+                `tree`, those of all its nodes.
+            tree: label words; text-to-text backbones only.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """Outputs of the head: `[..., outputs]`, or of a text-to-text backbone `[..., V]`, V being
+        the vocabulary, or `tokens` of it."""
+
+    @abstractmethod
+    def attach(self, backbone: Any) -> nn.Module:
+        """The live backbone with the route in it; its weights are shared."""
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.late.eval()
+        return self
 
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:

@@ -1,12 +1,13 @@
 """SHERL: consolidated taps into the last frozen blocks (Diao et al., ECCV 2024).
 
-A route has two faces over the same parameters: `forward` takes packed features from a cache,
-`attach` hooks the same computation into the live backbone.
+A route has two faces over the same parameters: `hidden` takes packed features from a cache,
+`attach` hooks the same computation into the live backbone. Several routes on one backbone go
+through the frozen late blocks together: these are the same for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec, pooled
+from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, late_encoder, share
 from sherl_pipe.stages.taps import paper_taps
+from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["Consolidation", "Sherl", "SherlEncoder", "SherlSeq2Seq"]
 
-
-class SherlEncoder(nn.Module):
+class SherlEncoder(Route):
     """SHERL on an encoder: consolidation, the last frozen blocks, a pooled head (SPEC 2.3).
 
     Args:
@@ -48,11 +49,36 @@ class SherlEncoder(nn.Module):
 
     def forward(self, hidden: Packed) -> Tensor:
         """Logits `[B, outputs]` of cached features."""
-        state = self.consolidation(hidden.states, hidden.states[-1])
-        mask = hidden.mask
-        out = self.late(inputs_embeds=hidden.pad(state), attention_mask=mask.long())
-        logits: Tensor = self.head(pooled(out.last_hidden_state, mask, self.spec.pool))
-        return logits
+        (states,) = self.hidden([self], [{"hidden": hidden}])
+        return self.logits(states)
+
+    @staticmethod
+    def hidden(
+        routes: Sequence[SherlEncoder],
+        batches: Sequence[Mapping[str, Packed]],
+        tree: PrefixTree | None = None,
+    ) -> list[Tensor]:
+        """Pooled states `[B, d]` of each route's batch; there is no tree."""
+        packed = [streams["hidden"] for streams in batches]
+        size = max(each.longest for each in packed)
+        masks = [each.mask(size) for each in packed]
+        padded = [
+            each.pad(route.consolidation(each.states, each.states[-1]), size)
+            for route, each in zip(routes, packed, strict=True)
+        ]
+        out = routes[0].late(
+            inputs_embeds=torch.cat(padded), attention_mask=torch.cat(masks).long()
+        )
+        parts = out.last_hidden_state.split([len(mask) for mask in masks])
+        return [
+            pooled(part, mask, route.spec.pool)
+            for route, part, mask in zip(routes, parts, masks, strict=True)
+        ]
+
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """`[B, outputs]` of `[B, d]`; there are no tokens."""
+        out: Tensor = self.head(hidden)
+        return out
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone with the consolidation hooked in; its weights are shared."""
@@ -70,7 +96,7 @@ class SherlEncoder(nn.Module):
         return model
 
 
-class SherlSeq2Seq(nn.Module):
+class SherlSeq2Seq(Route):
     """SHERL on T5 (SPEC 3): both stacks consolidated, the last decoder blocks as late route.
 
     Args:
@@ -98,7 +124,8 @@ class SherlSeq2Seq(nn.Module):
         self.encoder = consolidation("encoder")
         self.decoder = consolidation("decoder")
         self.encoder_norm = side_norm(model.encoder.final_layer_norm)
-        self.late = late_decoder(backbone, spec.late, side_norm(model.decoder.final_layer_norm))
+        self.decoder_norm = side_norm(model.decoder.final_layer_norm)
+        self.late = late_decoder(backbone, spec.late)
         self.lm_head: nn.Module = share(model.lm_head)
         self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
@@ -110,41 +137,61 @@ class SherlSeq2Seq(nn.Module):
             taps[stream] = listed if listed[-1] == last else (*listed, last)
         return taps
 
-    def forward(self, encoder: Packed, decoder: Packed, mask: Tensor | None = None) -> Tensor:
-        """Logits `[B, P, vocabulary]` of cached features.
+    def forward(self, encoder: Packed, decoder: Packed) -> Tensor:
+        """Logits `[B, P, vocabulary]` of cached features at P positions per example."""
+        (states,) = self.hidden([self], [{"encoder": encoder, "decoder": decoder}])
+        return self.logits(states)
 
-        Args:
-            encoder: packed encoder taps.
-            decoder: packed decoder taps of P positions per example.
-            mask: additive decoder mask `[1, 1, P, P]`; causal where None.
-        """
-        state = self._consolidate("decoder", decoder)
-        return self.decode(encoder, decoder.pad(state), mask)
-
-    def decode(self, encoder: Packed, state: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits `[B, P, vocabulary]` of consolidated decoder states `[B, P, d]`."""
-        memory = self.encoder_norm(self._consolidate("encoder", encoder))
-        out = self.late(
-            inputs_embeds=state,
-            attention_mask=mask,
-            encoder_hidden_states=encoder.pad(memory),
-            encoder_attention_mask=encoder.mask.long(),
-            use_cache=False,
+    @staticmethod
+    def hidden(
+        routes: Sequence[SherlSeq2Seq],
+        batches: Sequence[Mapping[str, Packed]],
+        tree: PrefixTree | None = None,
+    ) -> list[Tensor]:
+        """States `[B, P, d]` of each route's batch, P being the nodes of a tree if there is one."""
+        encoders = [streams["encoder"] for streams in batches]
+        decoders = [streams["decoder"] for streams in batches]
+        size, positions = (max(e.longest for e in packed) for packed in (encoders, decoders))
+        memory, state = [], []
+        for route, encoder, decoder in zip(routes, encoders, decoders, strict=True):
+            memory.append(
+                encoder.pad(route.encoder_norm(route._consolidate("encoder", encoder)), size)
+            )
+            state.append(decoder.pad(route._consolidate("decoder", decoder), positions))
+        inputs, mask = torch.cat(state), None
+        if tree is not None:
+            # Nodes that several paths share stand in each of them.
+            inputs = inputs[:, tree.flat_nodes]
+            mask = tree.flat_mask(inputs.dtype).to(inputs.device)
+        out = (
+            routes[0]
+            .late(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                encoder_hidden_states=torch.cat(memory),
+                encoder_attention_mask=torch.cat([each.mask(size) for each in encoders]).long(),
+                use_cache=False,
+            )
+            .last_hidden_state
         )
-        logits: Tensor = self.lm_head(out.last_hidden_state * self.scale)
-        return logits
+        if tree is not None:
+            out = out[:, tree.first_places().to(out.device)]
+        parts = out.split([len(each.lengths) for each in encoders])
+        return [
+            route.decoder_norm(part) * route.scale
+            for route, part in zip(routes, parts, strict=True)
+        ]
 
-    def node_logits(self, encoder: Packed, decoder: Packed, tree: Any) -> Tensor:
-        """Logits `[B, nodes, vocabulary]` at every node of a prefix tree.
-
-        `decoder` holds the states of all nodes of every example.
-        """
-        nodes = self._consolidate("decoder", decoder).view(
-            len(decoder.lengths), len(tree.nodes), -1
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
+        if tokens is None:
+            whole: Tensor = self.lm_head(hidden)
+            return whole
+        weight: Any = self.lm_head.weight
+        bias: Any = self.lm_head.bias
+        return functional.linear(
+            hidden, weight[list(tokens)], None if bias is None else bias[list(tokens)]
         )
-        flat = nodes[:, tree.flat_nodes]
-        logits = self.decode(encoder, flat, tree.flat_mask(flat.dtype).to(flat.device))
-        return logits[:, tree.first_places().to(flat.device)]
 
     def _consolidate(self, stream: str, packed: Packed) -> Tensor:
         count = len(self.spec.taps[stream])
@@ -195,7 +242,7 @@ class SherlSeq2Seq(nn.Module):
         model.encoder.register_forward_hook(both_memories)
         for number, block in enumerate(model.decoder.block):
             block.register_forward_pre_hook(take_half(number), with_kwargs=True)
-        model.decoder.final_layer_norm = self.late.final_layer_norm
+        model.decoder.final_layer_norm = self.decoder_norm
         live: nn.Module = model
         return live
 
@@ -207,8 +254,7 @@ class Sherl:
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
-        """How many of the last blocks of a stream run in its route; a stream that is not named
-        runs none, and one that a family lacks does not matter."""
+        """How many of a stream's last blocks its route runs; none of one that is not named."""
         return {"hidden": late, "decoder": late}
 
     @staticmethod
