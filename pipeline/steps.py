@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
@@ -25,7 +26,9 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
+from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
@@ -86,25 +89,34 @@ def _before_extract(ready: Prepared) -> str:
 
 
 def open_for_tuning(
-    config: RunConfig, bars: Bars, model: str | None = None
+    config: RunConfig, bars: Bars, model: str | None = None, *, whole: bool = False
 ) -> tuple[FeatureCache, Backbone, Any]:
     """A cache with its backbone, and what label words still lacked extracted.
 
-    `model` overrides the name in the cache, for a backbone that has moved.
+    Args:
+        config: of the run; its cache, device and tuning.
+        bars: for the progress of an extraction.
+        model: overrides the name in the cache, for a backbone that has moved.
+        whole: whether the live model is wanted too, and not only what its route runs.
+
+    Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
+    late = find_method(config.tune.method).late_blocks(config.tune.late)
     cache = FeatureCache.open(config.cache_path)
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
-    backbone = load_backbone(name, revision=revision, device=device)
+    load_whole = partial(load_backbone, name, revision=revision, device=device)
+    backbone = load_whole() if whole else load_part(name, late, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
     tokenizer = load_tokenizer(name, revision)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.
-        twin = backbone.cast(DTYPES[str(cache.identity.backbone["dtype"])])
+        full = backbone if backbone.whole else load_whole()
+        twin = full.cast(DTYPES[str(cache.identity.backbone["dtype"])])
         with CacheWriter.open(cache.path, cache.identity) as writer:
             _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
         cache = FeatureCache.open(config.cache_path)

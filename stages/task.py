@@ -13,7 +13,7 @@ from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
-from sherl_pipe.stages.methods import METHODS
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.settings import PRECISIONS, TuneSettings
 from sherl_pipe.stages.words import PrefixTree, Scoring
@@ -102,13 +102,13 @@ class Task:
 
         Raises InputError for settings that do not fit the backbone or the cache.
         """
-        for name, known in (("method", tuple(METHODS)), ("precision", PRECISIONS)):
-            found = getattr(settings, name)
-            if found not in known:
-                raise InputError(explain(name, expected=f"one of {known}", found=found))
-        backbone = self.backbone
+        method, backbone = find_method(settings.method), self.backbone
+        if settings.precision not in PRECISIONS:
+            raise InputError(
+                explain("precision", expected=f"one of {PRECISIONS}", found=settings.precision)
+            )
         cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
-        taps, last = METHODS[settings.method].choose_taps(backbone, settings.late, cached)
+        taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
             raise InputError(
                 explain("reduction", expected=f"1 to {backbone.width}", found=settings.reduction)

@@ -17,7 +17,7 @@ from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
 from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
-from sherl_pipe.stages.methods import METHODS
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
 from sherl_pipe.stages.randomness import Randomness
@@ -46,7 +46,7 @@ class Tuner:
         self.task, self.settings, self.folder = task, settings, folder
         self.budget = budget
         self.spec = task.route_spec(settings)
-        method, backbone = METHODS[settings.method], task.backbone
+        method, backbone = find_method(settings.method), task.backbone
         self.randomness = Randomness(settings.seed, backbone.device)
         with Randomness(settings.seed, backbone.device).own():
             self.route: Route = method.build(backbone, self.spec)

@@ -13,11 +13,13 @@ from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import run_extract
-from sherl_pipe.stages.backbone import FAMILIES, load_backbone, weights_fingerprint
+from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.passes import token_batches
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.taps import extracted_taps, paper_blocks
 from sherl_pipe.stages.tokens import load_tokenizer
+from sherl_pipe.stages.weights import weights_fingerprint
 from sherl_pipe.stages.words import PrefixTree, Scoring
 
 QUIET = Bars(None)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
@@ -22,8 +23,6 @@ from sherl_pipe.stages.taps import paper_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 from torch.nn import functional
-
-__all__ = ["Consolidation", "Sherl", "SherlEncoder", "SherlSeq2Seq"]
 
 
 class SherlEncoder(Route):
@@ -261,6 +260,11 @@ class Sherl:
     """The method `sherl`: which taps it reads and how its route is built."""
 
     name = "sherl"
+
+    @staticmethod
+    def late_blocks(late: int) -> dict[str, int]:
+        """How many of a stream's last blocks its route runs; none of one that is not named."""
+        return {"hidden": late, "decoder": late}
 
     @staticmethod
     def choose_taps(
