@@ -76,7 +76,7 @@ def live(config: RunConfig) -> dict[str, float]:
         for split in counted.splits
         for identity, row in zip(split.ids, split.tokens.inputs, strict=True)
     }
-    cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET)
+    cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET, whole=True)
     settings = opening.tunings(config, seq2seq=backbone.family.seq2seq)[0]
     found = {}
     for name in sorted(cache.tasks):

@@ -181,7 +181,8 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
     """SHERL from a cache: features in host memory, streamed where `budget` is 0, or (`ready`)
     decoded beforehand."""
     from sherl_pipe.cache import FeatureCache
-    from sherl_pipe.stages.backbone import load_backbone
+    from sherl_pipe.stages.methods import METHODS
+    from sherl_pipe.stages.part import load_part
     from sherl_pipe.stages.settings import TuneSettings
     from sherl_pipe.stages.task import Task
     from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
@@ -189,7 +190,7 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
 
     cache = FeatureCache.open(bench.folder / f"cache-{codec}")
     meter = Meter()
-    backbone = load_backbone(str(bench.model))
+    backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1))
     task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
     settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
     tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)

@@ -72,6 +72,7 @@ class TuneConfig(Section):
     pool: Literal["mean", "first"] = "mean"
     loss: Literal["words", "vocabulary"] = "words"
     precision: Literal["float32", "bf16"] = "float32"
+    together: Positive = 8
     residency: Literal["auto", "device", "host", "stream"] = "auto"
     memory_budget: str | None = None
     readers: Positive | None = None

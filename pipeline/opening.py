@@ -209,4 +209,5 @@ def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
         loss=tune.loss,
         precision=tune.precision,
     )
-    return [replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed]
+    every = (replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed)
+    return list(dict.fromkeys(every))

@@ -120,6 +120,12 @@ TUNE = [
         help="What label words of a text-to-text model compete with.",
     ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
+    click.option(
+        "--together",
+        type=click.IntRange(1),
+        default=8,
+        help="Tunings over the same rows that share a pass, at most.",
+    ),
     RESIDENCY,
     MEMORY_BUDGET,
     click.option(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, TaskSpec
+from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
@@ -25,6 +26,9 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.pack import Outcome, Pack, packs
+from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
@@ -85,25 +89,34 @@ def _before_extract(ready: Prepared) -> str:
 
 
 def open_for_tuning(
-    config: RunConfig, bars: Bars, model: str | None = None
+    config: RunConfig, bars: Bars, model: str | None = None, *, whole: bool = False
 ) -> tuple[FeatureCache, Backbone, Any]:
     """A cache with its backbone, and what label words still lacked extracted.
 
-    `model` overrides the name in the cache, for a backbone that has moved.
+    Args:
+        config: of the run; its cache, device and tuning.
+        bars: for the progress of an extraction.
+        model: overrides the name in the cache, for a backbone that has moved.
+        whole: whether the live model is wanted too, and not only what its route runs.
+
+    Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
+    late = find_method(config.tune.method).late_blocks(config.tune.late)
     cache = FeatureCache.open(config.cache_path)
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
-    backbone = load_backbone(name, revision=revision, device=device)
+    load_whole = partial(load_backbone, name, revision=revision, device=device)
+    backbone = load_whole() if whole else load_part(name, late, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
     tokenizer = load_tokenizer(name, revision)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.
-        twin = backbone.cast(DTYPES[str(cache.identity.backbone["dtype"])])
+        full = backbone if backbone.whole else load_whole()
+        twin = full.cast(DTYPES[str(cache.identity.backbone["dtype"])])
         with CacheWriter.open(cache.path, cache.identity) as writer:
             _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
         cache = FeatureCache.open(config.cache_path)
@@ -120,9 +133,10 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
 
 
 def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
-    """Stage two: every task, learning rate and seed, one after another. Resumes.
+    """Stage two: every task, learning rate and seed, in as few passes as can be. Resumes.
 
-    Raises what opening the cache, training and storage raise.
+    Raises what opening the cache, training and storage raise; a NonFiniteError of one tuning
+    after all others are done.
     """
     tune = config.tune
     check_folder(tune.out, "out")
@@ -132,32 +146,57 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         raise InputError(
             f"{cache.path} has no labels. Attach some with `sherl-pipe label --cache {cache.path}`."
         )
-    budget = parse_bytes(tune.memory_budget)
-    where = {"path": str(cache.path), "identity": cache.identity.fingerprint()}
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    results = []
-    for task in tasks:
-        for settings in tunings(config, seq2seq=backbone.family.seq2seq):
-            name = settings.name
-            folder = tune.out / task.name / name
-            tuner = Tuner(
+    wanted = tunings(config, seq2seq=backbone.family.seq2seq)
+    asked = [(task, settings) for task in tasks for settings in wanted]
+    budget, where = parse_bytes(tune.memory_budget), _where(cache)
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    for members in packs(asked, tune.together):
+        tuners = [
+            Tuner(
                 task,
                 settings,
-                folder,
+                tune.out / task.name / settings.name,
                 budget=budget,
                 residency=tune.residency,
                 readers=tune.readers,
             )
-            done = tuner.finished()
-            say(
-                f"tune: {task.name}, {name} on {backbone.device}; {len(task.train.ids):,} training "
-                f"rows; {'finished before' if done else tuner.train.summary}"
-            )
-            result = done or tuner.run(bars)
+            for task, settings in members
+        ]
+        results = _one_pass(tuners, bars)
+        for tuner, outcome in zip(tuners, results, strict=True):
+            outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
-            if done is None or not (folder / "run.json").is_file():
-                write_record(folder, config.model_dump(mode="json"), where)
-            results.append(result)
-            del tuner  # the next one has room where its features were
-    return results
+            if isinstance(outcome, TuneResult) and not (tuner.folder / "run.json").is_file():
+                write_record(tuner.folder, config.model_dump(mode="json"), where)
+    found = [outcomes[task.name, settings.name] for task, settings in asked]
+    for outcome in found:
+        if isinstance(outcome, NonFiniteError):
+            raise outcome
+    return [outcome for outcome in found if isinstance(outcome, TuneResult)]
+
+
+def _one_pass(tuners: Sequence[Tuner], bars: Bars) -> list[Outcome]:
+    """Train what is not finished, having said what and where."""
+    done = [tuner.finished() for tuner in tuners]
+    for tuner, result in zip(tuners, done, strict=True):
+        if result is not None:
+            say(f"tune: {tuner.task.name}, {tuner.settings.name}: finished before")
+    left = [tuner for tuner, result in zip(tuners, done, strict=True) if result is None]
+    if not left:
+        return [result for result in done if result is not None]
+    pack, first = Pack(left), left[0]
+    for tuner in left:
+        say(f"tune: {tuner.task.name}, {tuner.settings.name}")
+    say(
+        f"{len(left)} {'tuning' if len(left) == 1 else 'tunings in one pass'} on "
+        f"{first.task.backbone.device}; {len(first.task.train.ids):,} training rows; "
+        f"{pack.train.summary}"
+    )
+    fresh = iter(pack.run(bars))
+    return [next(fresh) if result is None else result for result in done]
+
+
+def _where(cache: FeatureCache) -> dict[str, str]:
+    return {"path": str(cache.path), "identity": cache.identity.fingerprint()}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +12,10 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError, StaleCacheError, UnsafeError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
-from torch import Tensor, nn
+from sherl_pipe.cache.fingerprint import hash_json
+from sherl_pipe.stages.families import blocks_of, family_of
+from sherl_pipe.stages.weights import weights_fingerprint
+from torch import nn
 
 DEMO_MODEL = "demo"
 
@@ -32,37 +31,6 @@ _IDLE_CONFIG = {
     "id2label",
     "label2id",
     "_attn_implementation",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model type keeps its blocks.
-
-    Attributes:
-        seq2seq: whether it is an encoder-decoder whose answers are words.
-        streams: by stream name, the path of the `ModuleList` of blocks.
-    """
-
-    seq2seq: bool
-    streams: Mapping[str, str]
-
-    @property
-    def main(self) -> str:
-        """The stream that reads the inputs."""
-        return "encoder" if self.seq2seq else "hidden"
-
-
-_ENCODER = Family(False, {"hidden": "encoder.layer"})
-_T5 = Family(True, {"encoder": "encoder.block", "decoder": "decoder.block"})
-
-# By the `model_type` of a Hugging Face config.
-FAMILIES: dict[str, Family] = {
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "xlm-roberta": _ENCODER,
-    "t5": _T5,
-    "mt5": _T5,
 }
 
 
@@ -100,11 +68,19 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where its weights are; `meta` if it has none."""
+        places = (parameter.device for parameter in self.model.parameters())
+        meta = torch.device("meta")
+        return next((place for place in places if place != meta), meta)
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def whole(self) -> bool:
+        """Whether all its weights are there; `load_part` leaves some out."""
+        return not any(parameter.is_meta for parameter in self.model.parameters())
 
     def blocks(self, stream: str) -> nn.ModuleList:
         """The blocks of a stream, in order."""
@@ -153,45 +129,6 @@ class Backbone:
         return twin
 
 
-def family_of(config: Any) -> Family:
-    """The family of a config. Raises InputError naming the known ones."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise InputError(
-            explain(
-                "model type",
-                expected=f"one of {', '.join(sorted(FAMILIES))}",
-                found=config.model_type,
-                todo="A family is an entry in FAMILIES of stages/backbone.py.",
-            )
-        )
-    return family
-
-
-def blocks_of(model: nn.Module, family: Family, stream: str) -> nn.ModuleList:
-    """The `ModuleList` of a stream."""
-    blocks = model.get_submodule(family.streams[stream])
-    if not isinstance(blocks, nn.ModuleList):
-        raise TypeError(f"{family.streams[stream]} is no ModuleList")
-    return blocks
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 over the sorted hashes of all weights, as float32 where they are floating."""
-
-    def digest(item: tuple[str, Tensor]) -> tuple[str, str]:
-        name, weight = item
-        # Half-precision checkpoints get one fingerprint whatever dtype they are run in.
-        weight = weight.detach().cpu()
-        weight = (weight.float() if weight.is_floating_point() else weight).contiguous()
-        shape = canonical_json([name, list(weight.shape)])
-        return name, hash_bytes(shape + weight.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    # hashlib lets go of the interpreter's lock, so threads share the work.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return hash_json(sorted(pool.map(digest, model.state_dict().items())))
-
-
 def resolve_model(name: str) -> str:
     """`demo` is the embedded backbone; anything else is a folder or a hub id."""
     if name == DEMO_MODEL and not Path(name).exists():
@@ -214,17 +151,7 @@ def load_backbone(
         InputError: not found, hub unreachable, unknown family, or weights that are missing.
         UnsafeError: only pickled weights, or a model that needs its own code.
     """
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    # Loading reports go to stderr unasked; what is missing is checked below.
-    logging.set_verbosity_error()
-    config = _load_config(name, revision)
-    family = family_of(config)
-    loader: Any = AutoModelForSeq2SeqLM if family.seq2seq else AutoModel
-    # A pooler would be random where the checkpoint has none; no tap depends on it.
-    extra = {} if family.seq2seq else {"add_pooling_layer": False}
+    loader, _, extra = model_class(name, revision)
     with loading_errors(name, "model"):
         model, report = loader.from_pretrained(
             resolve_model(name),
@@ -251,13 +178,25 @@ def load_backbone(
     return backbone
 
 
-def _load_config(name: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
+def model_class(name: str, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The Auto class that loads a model, the model's config, and arguments of the model's own.
 
+    Raises InputError, UnsafeError as `load_backbone`.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Loading reports go to stderr unasked; what is missing is checked by the caller.
+    logging.set_verbosity_error()
     with loading_errors(name, "config"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolve_model(name), revision=revision or "main", trust_remote_code=False
         )
+    if family_of(config).seq2seq:
+        return AutoModelForSeq2SeqLM, config, {}
+    # A pooler would be random where the checkpoint has none; no tap depends on it.
+    return AutoModel, config, {"add_pooling_layer": False}
 
 
 class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors(...)`

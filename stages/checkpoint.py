@@ -12,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from sherl_pipe.cache.errors import CorruptCacheError
 from sherl_pipe.cache.store import LocalStore
-from torch import nn
+from torch import Tensor, nn
 
 NAME = "checkpoint.bin"
 _DIGEST = hashlib.sha256
@@ -24,6 +24,7 @@ def save(
     key: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    random_state: Tensor,
     step: int,
     seconds: float,
 ) -> None:
@@ -33,9 +34,10 @@ def save(
         folder: of the adapter.
         key: names the tuning; a checkpoint of another one is not resumed.
         parameters, optimizer: what is trained, and AdamW's moments of it.
+        random_state: of the tuning's own generator.
         step, seconds: done so far.
     """
-    tensors = {"rng": torch.get_rng_state()}
+    tensors = {"rng": random_state}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         tensors[f"weight.{name}"] = parameter.detach()
@@ -52,14 +54,15 @@ def resume(
     key: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, float]:
-    """Restore a checkpoint of this tuning; its step and seconds, or zeros where there is none.
+) -> tuple[int, float, Tensor | None]:
+    """Restore a checkpoint of this tuning: its step, seconds and random state; zeros and None
+    where there is none.
 
     Raises CorruptCacheError for a damaged file.
     """
     path = folder / NAME
     if not path.is_file():
-        return 0, 0.0
+        return 0, 0.0, None
     raw = path.read_bytes()
     digest, data = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     if _DIGEST(data).digest() != digest:
@@ -67,7 +70,7 @@ def resume(
     header = int.from_bytes(data[:8], "little")
     notes = json.loads(data[8 : 8 + header])["__metadata__"]
     if notes["key"] != key:
-        return 0, 0.0  # of another tuning; it will be replaced
+        return 0, 0.0, None  # of another tuning; it will be replaced
     tensors = load_tensors(data)
     step = int(notes["step"])
     with torch.no_grad():
@@ -78,5 +81,4 @@ def resume(
                 "exp_avg": tensors[f"first.{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"second.{name}"].to(parameter.device),
             }
-    torch.set_rng_state(tensors["rng"])
-    return step, float(notes["seconds"])
+    return step, float(notes["seconds"]), tensors["rng"]

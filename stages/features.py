@@ -73,12 +73,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reading:
-    """Which rows of which stream a role reads."""
+    """Which rows of which stream a role reads.
+
+    Attributes:
+        stream, taps: what is read.
+        paths: lists of rows of an example, of which one is taken; all rows where None.
+        choices: for every row of the label table, the number of its list.
+    """
 
     stream: str
     taps: tuple[int, ...]
-    # Rows of an example to take, by its label; all of them where None.
-    paths: Sequence[Sequence[int]] | None = None
+    paths: tuple[tuple[int, ...], ...] | None = None
+    choices: tuple[int, ...] = ()
 
 
 class FeatureSource:
@@ -90,7 +96,6 @@ class FeatureSource:
         readings: what each role reads.
         budget: bytes of host memory that features may take.
         device: where batches are decoded.
-        choices: per row, the index into `paths` (the class of a text-to-text label).
         residency: where coded rows live; batches are the same wherever that is. `device`: in the
             training device's memory, where batches are gathered and decoded (on the CPU the same
             as `host`). `host`: in host memory. `stream`: shards come and go, and two windows of
@@ -114,14 +119,13 @@ class FeatureSource:
         *,
         budget: int,
         device: torch.device,
-        choices: Ints | None = None,
         residency: str = "auto",
         readers: int | None = None,
         beside: Sequence[Home] = (),
     ) -> None:
         self.readings, self.device = dict(readings), device
         self._codec: Codec = cache.identity.codec
-        self._choices = choices
+        self._choices = {role: np.array(each.choices, int) for role, each in readings.items()}
         self._locate(cache, table)
         size = sum(form.size for form in self._forms.values())
         self.home = choose(residency, size, budget, device, beside)
@@ -146,20 +150,24 @@ class FeatureSource:
         """The batches of an epoch: shards are dealt to windows, rows mixed inside a window.
 
         Inside a window neighbours in length share a batch, which halves the padding of the late
-        route; the batches of a window then come in random order.
+        route; the batches of a window then come in random order. Which rows share a batch is the
+        seed's; the order of shards and of short and long batches is that of the epoch alone, so
+        that tunings with different seeds read the same shards, and batches of about the same
+        length, at the same time.
         """
-        rng = np.random.Generator(np.random.PCG64([seed, epoch]))
-        units = rng.permutation(len(self._units))
+        shared = np.random.Generator(np.random.PCG64([0, epoch, 2]))
+        own = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
+        units = shared.permutation(len(self._units))
         main = next(iter(self.readings))
         batches: list[Ints] = []
         for start in range(0, len(units), WINDOW):
             rows = np.flatnonzero(np.isin(self._unit, units[start : start + WINDOW]))
-            rows = rng.permutation(rows)
+            rows = own.permutation(rows)
             # Noise keeps the same neighbours from meeting in every epoch.
-            length = self._length[main][rows] * rng.uniform(0.8, 1.25, len(rows))
+            length = self._length[main][rows] * own.uniform(0.8, 1.25, len(rows))
             rows = rows[np.argsort(length, kind="stable")]
             cut = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
-            batches += [cut[number] for number in rng.permutation(len(cut))]
+            batches += [cut[number] for number in shared.permutation(len(cut))]
         return batches
 
     def in_order(self, batch_size: int) -> list[Ints]:
@@ -258,11 +266,11 @@ class FeatureSource:
         streams = {}
         for role, reading in self.readings.items():
             start = shelf.starts(role, self._unit[rows]) + self._first[role][rows]
-            if reading.paths is None or self._choices is None:
+            if reading.paths is None:
                 length = self._length[role][rows]
                 offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
             else:
-                chosen = [reading.paths[choice] for choice in self._choices[rows]]
+                chosen = [reading.paths[choice] for choice in self._choices[role][rows]]
                 length = np.array([len(path) for path in chosen], np.int64)
                 offset = np.concatenate([np.asarray(path, np.int64) for path in chosen])
             where = np.repeat(start, length) + offset

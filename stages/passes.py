@@ -11,7 +11,8 @@ import torch
 from sherl_pipe.cache import Codec, NonFiniteError, Stream, StreamSpec
 from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages import quantize
-from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Batch, Packed
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.tokens import Tokens

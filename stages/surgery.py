@@ -13,7 +13,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.backbone import Family
+from sherl_pipe.stages.families import Family
 
 
 def paper_blocks(blocks: int) -> list[int]:

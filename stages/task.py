@@ -12,8 +12,10 @@ import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.features import FeatureSource, Ints, Reading
-from sherl_pipe.stages.residency import Home
+from sherl_pipe.stages.features import Ints, Reading
+from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.methods.base import RouteSpec
+from sherl_pipe.stages.settings import PRECISIONS, TuneSettings
 from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
 
@@ -75,38 +77,53 @@ class Task:
         nearest: Ints = np.abs(np.array(labels)[:, None] - grades).argmin(axis=1)
         return nearest
 
-    def source(
+    def readings(
         self,
         table: LabelTable,
         reads: Mapping[str, tuple[int, ...]],
-        scoring: Scoring | None = None,
+        scoring: Scoring | None,
         *,
         train: bool,
-        budget: int,
-        residency: str = "auto",
-        readers: int | None = None,
-        beside: Sequence[Home] = (),
-    ) -> FeatureSource:
-        """Features of a table's rows; of decoder states those that `scoring` needs, in training
-        the label's own path, else every word's. Other arguments are `FeatureSource`'s."""
-        readings = {}
-        choices = self.words_of(table.labels) if train else np.zeros(len(table.labels), np.int64)
+    ) -> dict[str, Reading]:
+        """What is read for a table's rows; of decoder states those that `scoring` needs, in
+        training the label's own path, else every word's."""
+        found = {}
         for role, taps in reads.items():
             if role == "decoder" and self.tree is not None and scoring is not None:
-                paths = scoring.paths if train else [scoring.nodes]
-                readings[role] = Reading(self.tree.stream, taps, paths)
+                paths = scoring.paths if train else (scoring.nodes,)
+                choices = self.words_of(table.labels).tolist() if train else [0] * len(table.ids)
+                found[role] = Reading(self.tree.stream, taps, paths, tuple(choices))
             else:
-                readings[role] = Reading(role, taps)
-        return FeatureSource(
-            self.cache,
-            table,
-            readings,
-            budget=budget,
-            device=self.backbone.device,
-            choices=choices if self.tree else None,
-            residency=residency,
-            readers=readers,
-            beside=beside,
+                found[role] = Reading(role, taps)
+        return found
+
+    def route_spec(self, settings: TuneSettings) -> RouteSpec:
+        """The structure of what a tuning trains.
+
+        Raises InputError for settings that do not fit the backbone or the cache.
+        """
+        method, backbone = find_method(settings.method), self.backbone
+        if settings.precision not in PRECISIONS:
+            raise InputError(
+                explain("precision", expected=f"one of {PRECISIONS}", found=settings.precision)
+            )
+        cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
+        taps, last = method.choose_taps(backbone, settings.late, cached)
+        if not 1 <= settings.reduction <= backbone.width:
+            raise InputError(
+                explain("reduction", expected=f"1 to {backbone.width}", found=settings.reduction)
+            )
+        return RouteSpec(
+            settings.method,
+            taps,
+            last,
+            settings.late,
+            settings.reduction,
+            # The papers' own for text-to-text, and for a joint encoder with an answer head.
+            "t5" if backbone.family.seq2seq else "clipvil",
+            settings.init,
+            self.outputs,
+            settings.pool,
         )
 
     def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:

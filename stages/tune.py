@@ -1,35 +1,35 @@
-"""Stage two: train a route on cached features."""
+"""Stage two, one tuning: what it trains, its loss, its steps, and what is left of it."""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from sherl_pipe.cache import InputError, NonFiniteError
-from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache import NonFiniteError
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
 from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
-from sherl_pipe.stages.features import Batch, FeatureSource, Ints
-from sherl_pipe.stages.memory import PeakMemory
-from sherl_pipe.stages.methods import METHODS
-from sherl_pipe.stages.methods.base import Route, RouteSpec, trainable
+from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
+from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.methods.base import Route, trainable
 from sherl_pipe.stages.methods.consolidation import GATE_SCALE
-from sherl_pipe.stages.progress import Progress, loading, silent
-from sherl_pipe.stages.settings import PRECISIONS, TuneResult, TuneSettings, schedule
+from sherl_pipe.stages.randomness import Randomness
+from sherl_pipe.stages.residency import Home
+from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 RESULT_NAME = "result.json"
-CHECKPOINT_SECONDS = 60.0
+
+Streams = Mapping[str, Packed]
 
 
 class Tuner:
@@ -52,50 +52,38 @@ class Tuner:
         residency: str = "auto",
         readers: int | None = None,
     ) -> None:
-        if settings.method not in METHODS:
-            raise InputError(
-                explain("method", expected=f"one of {sorted(METHODS)}", found=settings.method)
-            )
-        if settings.precision not in PRECISIONS:
-            raise InputError(
-                explain("precision", expected=f"one of {PRECISIONS}", found=settings.precision)
-            )
         self.task, self.settings, self.folder = task, settings, folder
-        backbone, method = task.backbone, METHODS[settings.method]
-        self.memory = PeakMemory(backbone.device)
-        cached = {kind: spec.taps for kind, spec in task.cache.identity.streams.items()}
-        taps, last = method.choose_taps(backbone, settings.late, cached)
-        if not 1 <= settings.reduction <= backbone.width:
-            raise InputError(
-                explain("reduction", expected=f"1 to {backbone.width}", found=settings.reduction)
-            )
-        self.spec = RouteSpec(
-            settings.method,
-            taps,
-            last,
-            settings.late,
-            settings.reduction,
-            # The papers' own for text-to-text, and for a joint encoder with an answer head.
-            "t5" if backbone.family.seq2seq else "clipvil",
-            settings.init,
-            task.outputs,
-            settings.pool,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        home = partial(FeatureSource, budget=budget, residency=residency, readers=readers)
+        self._features = partial(home, task.cache, device=task.backbone.device)
+        self.spec = task.route_spec(settings)
+        method, backbone = find_method(settings.method), task.backbone
+        self.randomness = Randomness(settings.seed, backbone.device)
+        with Randomness(settings.seed, backbone.device).own():
             self.route: Route = method.build(backbone, self.spec)
         self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
-        source = partial(
-            task.source,
-            reads=self.route.reads(),
-            scoring=self.scoring,
-            budget=budget,
-            residency=residency,
-            readers=readers,
-        )
-        self.train = source(task.train, train=True)
-        self.held_out = source(task.held_out, train=False, beside=[self.train.home])
         self.parameters = trainable(self.route)
+
+    def readings(self, *, train: bool) -> dict[str, Reading]:
+        """What is read of the cache for training, or for evaluation."""
+        table = self.task.train if train else self.task.held_out
+        return self.task.readings(table, self.route.reads(), self.scoring, train=train)
+
+    @cached_property
+    def train(self) -> FeatureSource:
+        """Features of the training rows."""
+        return self.source(self.readings(train=True), train=True)
+
+    @cached_property
+    def held_out(self) -> FeatureSource:
+        """Features of the rows that it is evaluated on."""
+        return self.source(self.readings(train=False), train=False, beside=[self.train.home])
+
+    def source(
+        self, readings: Mapping[str, Reading], *, train: bool, beside: Sequence[Home] = ()
+    ) -> FeatureSource:
+        """Features of the rows for training, or for evaluation; errors as for `FeatureSource`."""
+        table = self.task.train if train else self.task.held_out
+        return self._features(table, readings, beside=beside)
 
     @property
     def key(self) -> str:
@@ -115,66 +103,41 @@ class Tuner:
         body = json.loads(path.read_text())
         return TuneResult(**body["result"]) if body.get("key") == self.key else None
 
-    def run(self, progress: Progress = silent) -> TuneResult:
-        """Train, evaluate, save. Goes on from a checkpoint of the same tuning.
-
-        Raises NonFiniteError where the loss is no number.
-        """
-        done = self.finished()
-        if done is not None:
-            return done
-        start = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            seconds = self._train(progress)
-        outputs = self.outputs(self.held_out, self.settings.batch_size * 4, progress)
-        labels = np.array(self.task.held_out.labels)
-        found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
-        result = TuneResult(
-            task=self.task.name,
-            method=self.settings.method,
-            seed=self.settings.seed,
-            lr=self.settings.lr,
-            metrics=found,
-            score=metrics.headline(found),
-            role=self.task.held_out.role,
-            examples=len(labels),
-            trainable=sum(p.numel() for p in self.parameters.values()),
-            backbone=self.task.backbone.parameters,
-            seconds=time.perf_counter() - start,
-            seconds_per_epoch=seconds / self.settings.epochs,
-            peak_mib=self.memory.peak_mib(),
-            folder=str(self.folder),
-        )
-        self._save(result)
-        return result
-
-    def outputs(
-        self, source: FeatureSource, batch_size: int, progress: Progress = silent
-    ) -> Tensor:
+    def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
-        self.route.eval()
-        found: list[tuple[Ints, Tensor]] = []
-        with torch.inference_mode():
-            for batch in source.read(source.in_order(batch_size), loading(progress, "evaluation")):
-                found.append((batch.rows, self._outputs(batch).float().cpu()))
+        batches = source.read(source.in_order(batch_size))
+        return self.ordered([(each.rows, self.scores(each.streams)) for each in batches])
+
+    def ordered(self, found: Sequence[tuple[Ints, Tensor]]) -> Tensor:
+        """Outputs of batches, `[N, C]` in the order of the table.
+
+        Raises NonFiniteError for a value that is no number.
+        """
         rows = np.concatenate([each for each, _ in found])
         result = torch.cat([each for _, each in found])
         ordered = torch.empty_like(result)
         ordered[torch.from_numpy(rows)] = result
         if not torch.isfinite(ordered).all():
-            raise NonFiniteError(
-                f"{self.task.name}: the tuned model's outputs are not finite. Lower --lr, or use "
-                "--precision float32."
-            )
+            raise self._not_finite("the tuned model's outputs are")
         return ordered
+
+    @torch.inference_mode()
+    def scores(self, streams: Streams) -> Tensor:
+        """Head outputs or word scores `[B, C]` of a batch, on the host."""
+        self.route.eval()
+        scoring, route = self.scoring, self.route
+        with self.autocast():
+            tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
+            (hidden,) = route.hidden([route], [route.fuse(streams)], [streams], tree)
+            logits = route.logits(hidden, tokens).float()
+        return (scoring.score(logits) if scoring else logits).cpu()
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a training batch."""
-        (hidden,) = self.route.hidden([self.route], [batch.streams])
-        return self._loss(hidden, batch.rows)
+        return losses([self], [batch])[0]
 
-    def _loss(self, hidden: Tensor, rows: Ints) -> Tensor:
+    def loss_of(self, hidden: Tensor, rows: Ints) -> Tensor:
+        """Mean loss of what the head reads for `rows` of the training table."""
         task, device = self.task, hidden.device
         labels = [task.train.labels[row] for row in rows.tolist()]
         if self.scoring is not None:
@@ -187,54 +150,10 @@ class Tuner:
         wanted = (torch.tensor(labels, dtype=torch.float32, device=device) - mean) / spread
         return F.mse_loss(logits[:, 0], wanted)
 
-    def _outputs(self, batch: Batch) -> Tensor:
-        scoring = self.scoring
-        with self._autocast():
-            tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
-            (hidden,) = self.route.hidden([self.route], [batch.streams], tree)
-            logits = self.route.logits(hidden, tokens).float()
-        return scoring.score(logits) if scoring else logits
-
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """In force during forward passes."""
         kind = self.task.backbone.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    def _train(self, progress: Progress) -> float:
-        """All epochs that are left; the seconds of training."""
-        settings = self.settings
-        optimizer = self.optimizer()
-        what = f"{self.task.name} {settings.method} seed {settings.seed}"
-        # Shards meet in other windows in every epoch, so epochs differ in their last batches.
-        ends = np.cumsum(
-            [
-                len(self.train.epoch(settings.seed, epoch, settings.batch_size))
-                for epoch in range(settings.epochs)
-            ]
-        )
-        total = int(ends[-1])
-        step, seconds = checkpoint.resume(self.folder, self.key, self.parameters, optimizer)
-        saved = begun = time.perf_counter()
-        while step < total:
-            epoch = int(np.searchsorted(ends, step, "right"))
-            batches = self.train.epoch(settings.seed, epoch, settings.batch_size)
-            batches = batches[len(batches) - (int(ends[epoch]) - step) :]
-            self.route.train()
-            for batch in self.train.read(batches, loading(progress, what)):
-                self.step(batch, optimizer, step, total)
-                step += 1
-                progress(what, step, total, "steps")
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS and step < total:
-                    now = time.perf_counter()
-                    checkpoint.save(
-                        self.folder,
-                        self.key,
-                        self.parameters,
-                        optimizer,
-                        step,
-                        seconds + now - begun,
-                    )
-                    saved = now
-        return seconds + time.perf_counter() - begun
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimizer of the parameters that are tuned; a group's rate is `lr` x `share`.
@@ -259,20 +178,51 @@ class Tuner:
 
         Raises NonFiniteError where the gradient is no number.
         """
+        (error,) = train_step([self], [batch], [optimizer], step, total)
+        if error is not None:
+            raise error
+
+    def update(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+        """Move the parameters along their gradients. Raises NonFiniteError."""
         for group in optimizer.param_groups:
             rate = self.settings.lr * schedule(step, total, self.settings.warmup)
             group["lr"] = group["share"] * rate
-        with self._autocast():
-            loss = self.loss(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         if not torch.isfinite(norm):
-            raise NonFiniteError(
-                f"{self.task.name}: the gradient at step {step} is not finite. Lower --lr, or use "
-                "--precision float32."
-            )
+            raise self._not_finite(f"the gradient at step {step} is")
         optimizer.step()
+
+    def finish(self, outputs: Tensor, **costs: float) -> TuneResult:
+        """Evaluate and save.
+
+        Args:
+            outputs: `[N, C]` for the held-out rows.
+            costs: `seconds`, `seconds_per_epoch`, `peak_mib`.
+        """
+        labels = np.array(self.task.held_out.labels)
+        found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
+        result = TuneResult(
+            task=self.task.name,
+            method=self.settings.method,
+            seed=self.settings.seed,
+            lr=self.settings.lr,
+            metrics=found,
+            score=metrics.headline(found),
+            role=self.task.held_out.role,
+            examples=len(labels),
+            trainable=sum(p.numel() for p in self.parameters.values()),
+            backbone=self.task.backbone.parameters,
+            folder=str(self.folder),
+            **costs,
+        )
+        self._save(result)
+        return result
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{self.task.name}, {self.settings.name}: {what} not finite. Lower --lr, or use "
+            "--precision float32."
+        )
 
     def _save(self, result: TuneResult) -> None:
         identity, settings = self.task.cache.identity, self.settings
@@ -297,3 +247,54 @@ class Tuner:
         body = {"key": self.key, "result": asdict(result), "settings": asdict(settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
         store.delete(checkpoint.NAME)
+
+
+def losses(tuners: Sequence[Tuner], batches: Sequence[Batch]) -> list[Tensor]:
+    """Mean loss of each tuning's training batch; the late blocks run once for all of them.
+
+    The tunings have one backbone, method, depth of the late route and precision.
+    """
+    routes = [tuner.route for tuner in tuners]
+    streams = [batch.streams for batch in batches]
+    with tuners[0].autocast():
+        fused = []
+        for tuner, own in zip(tuners, streams, strict=True):
+            with tuner.randomness.own():
+                fused.append(tuner.route.fuse(own))
+        hidden = routes[0].hidden(routes, fused, streams)
+        return [
+            tuner.loss_of(states, batch.rows)
+            for tuner, states, batch in zip(tuners, hidden, batches, strict=True)
+        ]
+
+
+def train_step(
+    tuners: Sequence[Tuner],
+    batches: Sequence[Batch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    total: int,
+) -> list[NonFiniteError | None]:
+    """Take step `step` of `total` of several tunings (see `losses`), each on its own batch.
+
+    On the CPU one after another, so that each is bit for bit what it is alone: larger products
+    are no faster there. On CUDA together, equal up to the rounding of sums in another order.
+
+    Returns for each tuning the error that ends it, if its gradient is no number; no other tuning
+    is touched by that.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if tuners[0].task.backbone.device.type == "cpu":
+        for tuner, batch in zip(tuners, batches, strict=True):
+            tuner.loss(batch).backward()
+    else:
+        torch.stack(losses(tuners, batches)).sum().backward()
+    errors: list[NonFiniteError | None] = []
+    for tuner, optimizer in zip(tuners, optimizers, strict=True):
+        try:
+            tuner.update(optimizer, step, total)
+            errors.append(None)
+        except NonFiniteError as error:
+            errors.append(error)
+    return errors

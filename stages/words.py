@@ -157,9 +157,9 @@ class Scoring:
         return cls(short, tuple(place[node] for node in short.nodes), tuple(tokens))
 
     @cached_property
-    def paths(self) -> list[list[int]]:
+    def paths(self) -> tuple[tuple[int, ...], ...]:
         """Per word, the cached nodes at which its tokens are predicted, in order."""
-        return [[self.nodes[node] for node in path] for path in self.tree.paths]
+        return tuple(tuple(self.nodes[node] for node in path) for path in self.tree.paths)
 
     def loss(self, logits: Tensor, words: Tensor) -> Tensor:
         """Mean loss of a batch: over its tokens for `vocabulary` (as Hugging Face's models have

@@ -42,7 +42,7 @@ def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -
         "test",
     )
     run_extract(config, QUIET)
-    cache, backbone, tokenizer = open_for_tuning(config, QUIET)
+    cache, backbone, tokenizer = open_for_tuning(config, QUIET, whole=True)
     return {
         "cache": cache,
         "backbone": backbone,

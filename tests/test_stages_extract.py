@@ -13,11 +13,13 @@ from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import run_extract
-from sherl_pipe.stages.backbone import FAMILIES, load_backbone, weights_fingerprint
+from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.passes import token_batches
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.taps import extracted_taps, paper_blocks
 from sherl_pipe.stages.tokens import load_tokenizer
+from sherl_pipe.stages.weights import weights_fingerprint
 from sherl_pipe.stages.words import PrefixTree, Scoring
 
 QUIET = Bars(None)
@@ -117,7 +119,7 @@ def test_words_are_scored_where_they_part() -> None:
     assert scoring.tree.words == ((5, 6), (5, 7), (4,))
     assert scoring.tokens == (4, 5, 6, 7)
     assert [tree.nodes[node] for node in scoring.nodes] == [(0,), (0, 5)]
-    assert scoring.paths == [[0, 2], [0, 2], [0]]
+    assert scoring.paths == ((0, 2), (0, 2), (0,))
     logits = torch.randn(2, 2, 4, requires_grad=True)
     first, second = logits[:, 0, :2].log_softmax(-1), logits[:, 1, 2:].log_softmax(-1)
     expected = torch.stack([first[:, 1] + second[:, 0], first[:, 1] + second[:, 1], first[:, 0]], 1)

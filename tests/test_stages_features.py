@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import CorruptCacheError, FeatureCache, InputError, Stream
-from sherl_pipe.stages import features, shelf
+from sherl_pipe.stages import features, pack, shelf
 from sherl_pipe.stages.features import WINDOW, Batch, FeatureSource, Ints, Packed
-from sherl_pipe.stages.tune import Tuner
-from tune_tools import MUCH, Stopped, World, make_world, recorder, same, weights
+from sherl_pipe.stages.tune import train_step
+from tune_tools import MUCH, Stopped, World, make_world, recorder, run, same, weights
 
 
 @pytest.fixture(scope="module", params=["bert", "t5"])
@@ -118,7 +118,7 @@ def test_two_readings_at_a_time(world: World, kind: str) -> None:
 
 def test_tunings_do_not_depend_on_where_features_are(world: World, tmp_path: Path) -> None:
     results = [
-        world.tuner(tmp_path / kind, task="alone", residency=kind).run()
+        run(world.tuner(tmp_path / kind, task="alone", residency=kind))
         for kind in ("host", "stream")
     ]
     assert weights(tmp_path / "host") == weights(tmp_path / "stream") and same(*results)
@@ -163,7 +163,7 @@ def test_a_reading_that_is_left_early(world: World, tmp_path: Path, kind: str) -
     reading.close()
     assert same_batches(source.read(batches), one_by_one(world, source, batches))
     with pytest.raises(Stopped):
-        world.tuner(tmp_path, task="alone", residency=kind).run(recorder([], 2))
+        run(world.tuner(tmp_path, task="alone", residency=kind), recorder([], 2))
 
 
 @pytest.mark.parametrize(("kind", "readers"), WAYS)
@@ -179,7 +179,7 @@ def test_a_damaged_shard_ends_the_training(
     damaged = replace(world, cache=FeatureCache.open(tmp_path / "cache"))
     tuner = damaged.tuner(tmp_path / "run", task="alone", residency=kind, readers=readers)
     with pytest.raises(CorruptCacheError, match=f"{file / '0'} .shard {file.name}.") as caught:
-        tuner.run()
+        run(tuner)
     assert caught.value.exit_code == 4
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -195,7 +195,7 @@ def test_a_tuning_tells_of_shards_that_it_waits_for(
         if unit == "shards":
             told.append((what, done, total))
 
-    world.tuner(tmp_path, task="alone", residency=kind).run(progress)
+    run(world.tuner(tmp_path, task="alone", residency=kind), progress)
     assert {what for what, _, _ in told} == {
         "alone sherl seed 0: loading",
         "evaluation: loading",
@@ -243,7 +243,6 @@ def test_batches_on_cuda(world: World, kind: str) -> None:
         usual.readings,
         budget=MUCH,
         device=torch.device("cuda"),
-        choices=task.words_of(task.train.labels),
         residency=kind,
         readers=3,
     )
@@ -276,13 +275,12 @@ def test_training_sees_every_row_once_an_epoch(
 ) -> None:
     """Windows of shards may leave different numbers of half-full batches in different epochs."""
     seen: list[int] = []
-    step = Tuner.step
 
-    def note(tuner: Tuner, batch: Any, *rest: Any) -> None:
-        seen.extend(batch.rows.tolist())
-        step(tuner, batch, *rest)
+    def note(tuners: Any, batches: Any, *rest: Any) -> Any:
+        seen.extend(row for batch in batches for row in batch.rows.tolist())
+        return train_step(tuners, batches, *rest)
 
-    monkeypatch.setattr(Tuner, "step", note)
+    monkeypatch.setattr(pack, "train_step", note)
     source = sources(world, 0)
 
     def uneven(size: int) -> bool:
@@ -290,7 +288,7 @@ def test_training_sees_every_row_once_an_epoch(
 
     size = next(filter(uneven, range(5, 40)), 16)
     tuner = world.tuner(tmp_path, task="alone", epochs=4, batch_size=size)
-    tuner.run()
+    run(tuner)
     rows = len(tuner.task.train.ids)
     for epoch in range(4):
         assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))

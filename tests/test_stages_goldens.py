@@ -9,7 +9,7 @@ import torch
 from golden_tools import LOGITS, OUTPUT, backbone, check_gradients, difference, load, section
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.adapter import TunedModel, load_reference
-from sherl_pipe.stages.methods.sherl import Consolidation
+from sherl_pipe.stages.methods.consolidation import Consolidation
 from torch import Tensor
 
 MODULES = [

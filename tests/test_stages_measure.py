@@ -211,7 +211,7 @@ def test_live_features_are_the_cached_ones(
     monkeypatch.setattr("os.fsync", lambda _: None)
     config = config_of(tmp_path, family, codec="float32")
     steps.run_extract(config, QUIET)
-    cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET)
+    cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET, whole=True)
     ready = opening.prepare(config)
     counted, _ = planning._count(ready, {}, QUIET)
     inputs = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages import metrics
-from sherl_pipe.stages.tune import schedule
+from sherl_pipe.stages.settings import schedule
 
 
 def test_schedule() -> None:

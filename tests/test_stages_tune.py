@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import CorruptCacheError, InputError, NonFiniteError
-from sherl_pipe.stages import tune
+from sherl_pipe.stages import pack, tune
 from sherl_pipe.stages.methods import Consolidation
 from sherl_pipe.stages.task import train_and_held_out
-from tune_tools import HELD_OUT, MUCH, Stopped, World, make_world, recorder, same, weights
+from tune_tools import HELD_OUT, MUCH, Stopped, World, make_world, recorder, run, same, weights
 
 
 @pytest.fixture(scope="module", params=["bert", "t5"])
@@ -30,9 +30,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_tuning_ends_with_the_same_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    monkeypatch.setattr(tune, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
     seen: list[int] = []
-    whole = world.tuner(tmp_path / "whole").run(recorder(seen))
+    whole = run(world.tuner(tmp_path / "whole"), recorder(seen))
     total = len(seen)
     per_epoch = total // 2
     assert seen == list(range(1, total + 1)) and per_epoch >= 5
@@ -41,10 +41,10 @@ def test_a_stopped_tuning_ends_with_the_same_weights(
     for stop in stops:
         folder = tmp_path / str(stop)
         with pytest.raises(Stopped):
-            world.tuner(folder, budget=budget).run(recorder([], stop))
+            run(world.tuner(folder, budget=budget), recorder([], stop))
         assert not (folder / "adapter.safetensors").exists()
         resumed: list[int] = []
-        result = world.tuner(folder, budget=budget).run(recorder(resumed))
+        result = run(world.tuner(folder, budget=budget), recorder(resumed))
         # The step in flight is all that was lost.
         assert resumed == list(range(stop, total + 1))
         assert weights(folder) == weights(tmp_path / "whole") and same(result, whole)
@@ -54,41 +54,41 @@ def test_a_stopped_tuning_ends_with_the_same_weights(
 def test_a_tuning_stopped_again_and_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.tuner(tmp_path / "whole", task="size").run()
-    monkeypatch.setattr(tune, "CHECKPOINT_SECONDS", 0)
+    run(world.tuner(tmp_path / "whole", task="size"))
+    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
     for stop in (2, 4, 5, 8):
         with pytest.raises(Stopped):
-            world.tuner(tmp_path / "often", task="size").run(recorder([], stop))
-    world.tuner(tmp_path / "often", task="size").run()
+            run(world.tuner(tmp_path / "often", task="size"), recorder([], stop))
+    run(world.tuner(tmp_path / "often", task="size"))
     assert weights(tmp_path / "often") == weights(tmp_path / "whole")
 
 
 def test_a_checkpoint_is_believed_only_if_it_is_whole_and_of_this_tuning(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(Stopped):
-        world.tuner(tmp_path / "run").run(recorder([], 4))
+        run(world.tuner(tmp_path / "run"), recorder([], 4))
     seen: list[int] = []
-    world.tuner(tmp_path / "run", weight_decay=0.1).run(recorder(seen))
+    run(world.tuner(tmp_path / "run", weight_decay=0.1), recorder(seen))
     assert seen[0] == 1  # other settings: from the start
     with pytest.raises(Stopped):
-        world.tuner(tmp_path / "bad").run(recorder([], 4))
+        run(world.tuner(tmp_path / "bad"), recorder([], 4))
     file = tmp_path / "bad" / "checkpoint.bin"
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
     with pytest.raises(CorruptCacheError, match="checkpoint.bin is damaged. Delete it") as caught:
-        world.tuner(tmp_path / "bad").run()
+        run(world.tuner(tmp_path / "bad"))
     assert caught.value.exit_code == 4
 
 
 def test_finished_tunings_are_not_done_again(world: World, tmp_path: Path) -> None:
-    first = world.tuner(tmp_path).run()
+    first = run(world.tuner(tmp_path))
     before = {file: file.stat().st_ino for file in tmp_path.iterdir()}
     seen: list[int] = []
     again = world.tuner(tmp_path)
-    assert again.finished() == first == again.run(recorder(seen))
+    assert again.finished() == first == run(again, recorder(seen))
     assert seen == [] and before == {file: file.stat().st_ino for file in tmp_path.iterdir()}
     # Another setting, or other labels, and it is another tuning.
     assert world.tuner(tmp_path, clip=0.5).finished() is None
@@ -101,7 +101,7 @@ def test_finished_tunings_are_not_done_again(world: World, tmp_path: Path) -> No
 def test_seeds_differ_and_repeat(world: World, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(name) * 1000 + seed)  # the caller's own state does not matter
-        world.tuner(tmp_path / name, seed=seed).run()
+        run(world.tuner(tmp_path / name, seed=seed))
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
@@ -115,7 +115,7 @@ def test_it_learns(world: World, tmp_path: Path) -> None:
             return float(tuner.loss(everything))
 
     before = loss()
-    result = tuner.run()
+    result = run(tuner)
     labels = np.array(tuner.task.held_out.labels)
     majority = 100 * max(labels.mean(), 1 - labels.mean())
     assert loss() < 0.5 * before
@@ -142,8 +142,10 @@ def test_gradients_that_are_no_numbers_stop_the_tuning(world: World, tmp_path: P
     tuner = world.tuner(tmp_path)
     with torch.no_grad():
         next(iter(tuner.parameters.values())).fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="colour: the gradient at step 0 is not") as caught:
-        tuner.run()
+    with pytest.raises(
+        NonFiniteError, match="colour, sherl-r1.*: the gradient at step 0 is not"
+    ) as caught:
+        run(tuner)
     assert caught.value.exit_code == 9
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +156,7 @@ def test_answers_that_are_no_numbers_are_no_result(
     """No gradient follows the last step; what it made of the weights is judged all the same."""
     monkeypatch.setattr(tune, "schedule", lambda step, total, _: float(step == total - 1))
     with pytest.raises(NonFiniteError):
-        world.tuner(tmp_path, task="size", epochs=1, lr=1e38).run()
+        run(world.tuner(tmp_path, task="size", epochs=1, lr=1e38))
     assert not (tmp_path / "adapter_config.json").exists()
 
 

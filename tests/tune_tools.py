@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_tools import write_rows
 from model_tools import labels_of, save_model, sentences
-from sherl_pipe.cache import FeatureCache
+from sherl_pipe.cache import FeatureCache, NonFiniteError
 from sherl_pipe.pipeline import steps
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
@@ -19,6 +19,8 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.features import WINDOW
 from sherl_pipe.stages.methods import Consolidation
+from sherl_pipe.stages.pack import Pack
+from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tune import Tuner
@@ -106,6 +108,15 @@ def make_world(folder: Path, family: str) -> World:
     stream = "encoder" if family == "t5" else "hidden"
     assert world.cache.stream("alone/train", stream).layout.shards > WINDOW
     return world
+
+
+def run(tuner: Tuner, progress: Progress = silent) -> TuneResult:
+    """One tuning alone; its error, if it has one, is raised."""
+    done = tuner.finished()
+    (outcome,) = [done] if done else Pack([tuner]).run(progress)
+    if isinstance(outcome, NonFiniteError):
+        raise outcome
+    return outcome
 
 
 def recorder(seen: list[int], stop: int | None = None) -> Callable[[str, int, int, str], None]:

@@ -3,8 +3,18 @@
 A method is a class with the interface of `Method`; adding one is one file and one entry.
 """
 
-from sherl_pipe.stages.methods.sherl import Consolidation, Sherl
+from sherl_pipe.cache import InputError
+from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.sherl import Sherl
 
 METHODS = {"sherl": Sherl}
 
-__all__ = ["METHODS", "Consolidation", "Sherl"]
+__all__ = ["METHODS", "Consolidation", "Sherl", "find_method"]
+
+
+def find_method(name: str) -> type[Sherl]:
+    """The method of a name. Raises InputError listing the known ones."""
+    if name not in METHODS:
+        raise InputError(explain("method", expected=f"one of {sorted(METHODS)}", found=name))
+    return METHODS[name]

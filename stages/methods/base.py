@@ -70,19 +70,25 @@ class Route(nn.Module):
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream."""
 
+    @abstractmethod
+    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor, ...]:
+        """What is trained in front of the late blocks, on cached features by stream."""
+
     @staticmethod
     @abstractmethod
     def hidden(
         routes: Sequence[Any],
+        fused: Sequence[tuple[Tensor, ...]],
         batches: Sequence[Mapping[str, Packed]],
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
-        """What each route's head reads, of each route's batch of cached features.
+        """What each route's head reads, all routes going through the late blocks at once.
 
         Args:
             routes: of this class, on one backbone.
-            batches: by stream. Decoder rows are those along one path per example, or, with
-                `tree`, those of all its nodes.
+            fused: what `fuse` made of each route's batch.
+            batches: cached features by stream. Decoder rows are those along one path per
+                example, or, with `tree`, those of all its nodes.
             tree: label words; text-to-text backbones only.
         """
 

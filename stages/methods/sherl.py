@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.backbone import Backbone, blocks_of
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
@@ -22,8 +23,6 @@ from sherl_pipe.stages.taps import paper_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 from torch.nn import functional
-
-__all__ = ["Consolidation", "Sherl", "SherlEncoder", "SherlSeq2Seq"]
 
 
 class SherlEncoder(Route):
@@ -50,12 +49,19 @@ class SherlEncoder(Route):
 
     def forward(self, hidden: Packed) -> Tensor:
         """Logits `[B, outputs]` of cached features."""
-        (states,) = self.hidden([self], [{"hidden": hidden}])
+        streams = {"hidden": hidden}
+        (states,) = self.hidden([self], [self.fuse(streams)], [streams])
         return self.logits(states)
+
+    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor]:
+        """Consolidated states `[n, d]`."""
+        states = streams["hidden"].states
+        return (self.consolidation(states, states[-1]),)
 
     @staticmethod
     def hidden(
         routes: Sequence[SherlEncoder],
+        fused: Sequence[tuple[Tensor, ...]],
         batches: Sequence[Mapping[str, Packed]],
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
@@ -63,10 +69,7 @@ class SherlEncoder(Route):
         packed = [streams["hidden"] for streams in batches]
         size = max(each.longest for each in packed)
         masks = [each.mask(size) for each in packed]
-        padded = [
-            each.pad(route.consolidation(each.states, each.states[-1]), size)
-            for route, each in zip(routes, packed, strict=True)
-        ]
+        padded = [each.pad(states, size) for each, (states,) in zip(packed, fused, strict=True)]
         out = routes[0].late(
             inputs_embeds=torch.cat(padded), attention_mask=torch.cat(masks).long()
         )
@@ -140,12 +143,19 @@ class SherlSeq2Seq(Route):
 
     def forward(self, encoder: Packed, decoder: Packed) -> Tensor:
         """Logits `[B, P, vocabulary]` of cached features at P positions per example."""
-        (states,) = self.hidden([self], [{"encoder": encoder, "decoder": decoder}])
+        streams = {"encoder": encoder, "decoder": decoder}
+        (states,) = self.hidden([self], [self.fuse(streams)], [streams])
         return self.logits(states)
+
+    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor, Tensor]:
+        """Memory `[n, d]` and consolidated decoder states `[m, d]`."""
+        memory = self.encoder_norm(self._consolidate("encoder", streams["encoder"]))
+        return memory, self._consolidate("decoder", streams["decoder"])
 
     @staticmethod
     def hidden(
         routes: Sequence[SherlSeq2Seq],
+        fused: Sequence[tuple[Tensor, ...]],
         batches: Sequence[Mapping[str, Packed]],
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
@@ -153,13 +163,11 @@ class SherlSeq2Seq(Route):
         encoders = [streams["encoder"] for streams in batches]
         decoders = [streams["decoder"] for streams in batches]
         size, positions = (max(e.longest for e in packed) for packed in (encoders, decoders))
-        memory, state = [], []
-        for route, encoder, decoder in zip(routes, encoders, decoders, strict=True):
-            memory.append(
-                encoder.pad(route.encoder_norm(route._consolidate("encoder", encoder)), size)
-            )
-            state.append(decoder.pad(route._consolidate("decoder", decoder), positions))
-        inputs, mask = torch.cat(state), None
+        memory = [each.pad(states, size) for each, (states, _) in zip(encoders, fused, strict=True)]
+        inputs = torch.cat(
+            [each.pad(states, positions) for each, (_, states) in zip(decoders, fused, strict=True)]
+        )
+        mask = None
         if tree is not None:
             # Nodes that several paths share stand in each of them.
             inputs = inputs[:, tree.flat_nodes]
@@ -252,6 +260,11 @@ class Sherl:
     """The method `sherl`: which taps it reads and how its route is built."""
 
     name = "sherl"
+
+    @staticmethod
+    def late_blocks(late: int) -> dict[str, int]:
+        """How many of a stream's last blocks its route runs; none of one that is not named."""
+        return {"hidden": late, "decoder": late}
 
     @staticmethod
     def choose_taps(
