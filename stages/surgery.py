@@ -1,8 +1,9 @@
 """Taps out of a backbone and a late route into it.
 
-Nothing of a model's arithmetic is written again. Taps are forward hooks on the model's own
-blocks; stage one runs a copy of the model's structure (its weights shared) that ends after the
-last tap; the late route is a copy that begins at the first late block.
+Nothing of a model's arithmetic is written again, but for the order of products in one attention
+(see `FewQueries`). Taps are forward hooks on the model's own blocks; stage one runs a copy of the
+model's structure (its weights shared) that ends after the last tap; the late route is a copy that
+begins at the first late block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from sherl_pipe.stages.attention import FewQueries
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from torch import Tensor, nn
@@ -106,6 +108,8 @@ def late_decoder(backbone: Backbone, late: int) -> nn.Module:
     attention = stack.block[0].layer[0].SelfAttention
     attention.has_relative_attention_bias = True
     attention.relative_attention_bias = bias
+    for block in stack.block:
+        block.layer[1].EncDecAttention = FewQueries(block.layer[1].EncDecAttention)
     stack.embed_tokens = None
     stack.final_layer_norm = nn.Identity()
     decoder: nn.Module = stack

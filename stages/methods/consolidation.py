@@ -43,11 +43,14 @@ INITIALISATIONS = ("paper", "residual")
 
 
 class StackedLinear(nn.Module):
-    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, h, d]`, bias `[K, h]`."""
+    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, d, h]`, bias `[K, h]`.
+
+    The weight lies as its gradient comes out of a batched product, which spares a copy a step.
+    """
 
     def __init__(self, count: int, inputs: int, outputs: int, std: float | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+        self.weight = nn.Parameter(torch.empty(count, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(count, outputs))
         if std is None:
             # What nn.Linear starts from: uniform in +-1/sqrt(inputs), weight and bias.
@@ -58,7 +61,7 @@ class StackedLinear(nn.Module):
             nn.init.normal_(self.weight, std=std)
 
     def forward(self, values: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), values, self.weight.transpose(1, 2))
+        return torch.baddbmm(self.bias.unsqueeze(1), values, self.weight)
 
 
 class Consolidation(nn.Module):
@@ -148,7 +151,7 @@ class Consolidation(nn.Module):
         units = units.transpose(0, 1)  # [n, M, h]
         redundancy = F.relu(units @ units.transpose(1, 2)).sum(-1)  # [n, M], the own term included
         # w . (s * g) for every tap, as s . (g * w): one product of [n, M, h] with [n, h, 1].
-        aim = (guide * self.score.weight[0, 0]).unsqueeze(-1)
+        aim = (guide * self.score.weight[0, :, 0]).unsqueeze(-1)
         scores = (shallow.transpose(0, 1) @ aim).squeeze(-1) + self.score.bias[0, 0]
         # A tap that was reduced to nothing resembles nothing, itself included, and has no share;
         # the papers' quotient would be 0 / 0.
@@ -196,7 +199,7 @@ class Consolidation(nn.Module):
 
         def linear(module: StackedLinear, place: int, name: str) -> dict[str, Tensor]:
             return {
-                f"{name}.weight": pick(module.weight)[place],
+                f"{name}.weight": pick(module.weight)[place].T,
                 f"{name}.bias": pick(module.bias)[place],
             }
 
