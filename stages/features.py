@@ -35,10 +35,16 @@ class Packed:
     Attributes:
         states: `[K, n, d]` float32, n the sum of `lengths`.
         lengths: `[B]` rows per example.
+        group: where `states` are `turned` ones (see `quantize.decode`), of so many; else 0.
     """
 
     states: Tensor
     lengths: Tensor
+    group: int = 0
+
+    def tap(self, place: int) -> Tensor:
+        """The values of one tap, `[n, d]`."""
+        return quantize.turn(self.states[place], self.group)
 
     @property
     def longest(self) -> int:
@@ -277,6 +283,10 @@ class FeatureSource:
             codes, scales = shelf.rows(role, where, self.device)
             stream = next(iter(self._streams[role].values()))
             _, picks = stream.places(reading.taps)
-            states = quantize.decode(self._codec, codes, scales, stream.spec.width, picks)
-            streams[role] = Packed(states, torch.from_numpy(length).to(self.device))
+            # A method that begins with a linear layer turns its weights, which are fewer.
+            states = quantize.decode(
+                self._codec, codes, scales, stream.spec.width, picks, turned=True
+            )
+            lengths = torch.from_numpy(length).to(self.device)
+            streams[role] = Packed(states, lengths, self._codec.group)
         return Batch(rows, streams)

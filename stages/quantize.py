@@ -32,7 +32,8 @@ def encode(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor | None]:
         codes, scales = _encode_tap(codec, tap, before)
         coded.append((codes, scales))
         decoded = tap.new_empty(len(tap), codec.groups(tap.shape[-1]), codec.group)
-        _decode_tap(codec, codes, scales, tap.shape[-1], before, decoded)
+        parts = _factors(codec, scales, tap.shape[-1])
+        _decode_tap(codec, codes, parts, tap.shape[-1], before, decoded)
         before = decoded
     return torch.stack([codes for codes, _ in coded]), torch.stack([s for _, s in coded])
 
@@ -53,11 +54,14 @@ def decode(
     scales: Tensor | None,
     width: int,
     picks: Sequence[int] | None = None,
+    *,
+    turned: bool = False,
 ) -> Tensor:
     """float32 `[K, n, width]`.
 
     A chained codec needs the codes of every tap from the cache's first on; `picks` are those that
-    are wanted, all by default.
+    are wanted, all by default. With `turned`, groups are left as they were coded; `turn` makes
+    values of them.
     """
     if codec.name == "bfloat16":
         return _join_planes(codes, 2).view(torch.bfloat16).float()
@@ -72,13 +76,33 @@ def decode(
         dtype=torch.float32,
         device=codes.device,
     )
+    factors, carried = _factors(codec, scales, width)
     # Autocast would round the products that have to be exact.
     with torch.autocast(codes.device.type, enabled=False):
-        for place, (tap_codes, tap_scales) in enumerate(zip(codes, scales, strict=True)):
+        for place, tap in enumerate(codes):
             before = out[place - 1] if place else None
-            _decode_tap(codec, tap_codes, tap_scales, width, before, out[place])
+            parts = (factors[place], carried[place])
+            _decode_tap(codec, tap, parts, width, before, out[place], turned=turned)
     taps = out if picks is None or list(picks) == list(range(len(out))) else out[list(picks)]
     return taps.flatten(-2)[..., :width]
+
+
+def turn(values: Tensor, group: int, dim: int = -1) -> Tensor:
+    """Values of what was decoded `turned`: whole groups along `dim` (the last or the one before)
+    times the Hadamard matrix, which is symmetric; so a product with weights turned along their
+    inputs is the product of the weights with the values."""
+    if not group:
+        return values
+    width = values.shape[dim]
+    whole = width // group * group
+    matrix = _hadamard(group, group, values.device)
+    shape = (*values.shape[:dim], whole // group, group, *values.shape[dim:][1:])
+    head = values.narrow(dim, 0, whole).reshape(shape)
+    head = head @ matrix if dim == -1 else matrix @ head
+    head = head.reshape(*values.shape[:dim], whole, *values.shape[dim:][1:])
+    return (
+        torch.cat([head, values.narrow(dim, whole, width - whole)], dim) if width > whole else head
+    )
 
 
 def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,27 +138,46 @@ def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tenso
     return codes, torch.cat([high, low, places.byte() | (carried * CARRIED).byte()], -1)
 
 
+def _factors(codec: Codec, scales: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What the numbers of each group are multiplied by, and 1 where a group adds to the one of the
+    tap before; both `[..., G]` of scales `[..., bytes]`."""
+    groups = codec.groups(width)
+    if codec.name == "int8":
+        high, low = scales[..., :groups], scales[..., groups:]
+        steps, carried = _bfloat16(high & 0x7F, low), high >= CARRIED
+    else:
+        token, places = _bfloat16(scales[..., :1], scales[..., 1:2]), scales[..., 2:]
+        steps, carried = token * _steps(scales.device)[(places & 0x7F).long()], places >= CARRIED
+    return steps * _shrink(width, codec.group, scales.device), carried.float()
+
+
 def _decode_tap(
-    codec: Codec, codes: Tensor, scales: Tensor, width: int, before: Tensor | None, out: Tensor
+    codec: Codec,
+    codes: Tensor,
+    parts: tuple[Tensor, Tensor],
+    width: int,
+    before: Tensor | None,
+    out: Tensor,
+    *,
+    turned: bool = False,
 ) -> None:
     """Decode one tap into `out [n, G, group]`; every operation as in `Codec.decode`."""
-    groups = codec.groups(width)
-    numbers = torch.zeros_like(out) if width % codec.group else torch.empty_like(out)
+    numbers = out if turned else torch.empty_like(out)
+    if width % codec.group:
+        numbers.zero_()
     flat = numbers.view(len(out), -1)
     if codec.name == "int8":
         flat[:, :width] = codes.view(torch.int8)
-        high, low = scales[:, :groups], scales[:, groups:]
-        steps, carried = _bfloat16(high & 0x7F, low), high >= CARRIED
     else:
         flat[:, 0::2] = codes & 15
         flat[:, 1::2] = codes >> 4
         flat -= 7.5
-        token, places = _bfloat16(scales[:, :1], scales[:, 1:2]), scales[:, 2:]
-        steps, carried = token * _steps(out.device)[(places & 0x7F).long()], places >= CARRIED
-    _turn(numbers, width, codec.group, out)
-    out *= (steps * _shrink(width, codec.group, out.device)).unsqueeze(-1)
+    if not turned:
+        _turn(numbers, width, codec.group, out)
+    factors, carried = parts
+    out *= factors.unsqueeze(-1)
     if before is not None:
-        out.addcmul_(before, carried.unsqueeze(-1).float())
+        out.addcmul_(before, carried.unsqueeze(-1))
 
 
 def _turn(values: Tensor, width: int, group: int, out: Tensor) -> None:

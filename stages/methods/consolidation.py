@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,8 +61,10 @@ class StackedLinear(nn.Module):
         else:
             nn.init.normal_(self.weight, std=std)
 
-    def forward(self, values: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), values, self.weight)
+    def forward(self, values: Tensor, group: int = 0) -> Tensor:
+        """`group`: of turned values (see `quantize.decode`)."""
+        weight = turn(self.weight, group, -2)
+        return torch.baddbmm(self.bias.unsqueeze(1), values, weight)
 
 
 class Consolidation(nn.Module):
@@ -114,18 +117,19 @@ class Consolidation(nn.Module):
             else:
                 self.tail.weight.zero_()
 
-    def forward(self, taps: Tensor | Sequence[Tensor], last: Tensor) -> Tensor:
+    def forward(self, taps: Tensor | Sequence[Tensor], last: Tensor, group: int = 0) -> Tensor:
         """Consolidate.
 
         Args:
             taps: `[K, n, d]`, or K tensors `[..., d]` (with any leading shape).
             last: `[n, d]` or `[..., d]`, the backbone's last feature.
+            group: of turned taps (see `quantize.decode`), else 0; `last` is never turned.
 
         Returns `[n, d]`, or the shape of `last`.
         """
         stacked = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
         flat = stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])
-        fused = self._guide(self._reduce(flat))
+        fused = self._guide(self._reduce(flat, group))
         tail = self.tail(F.relu(fused).unsqueeze(0))[0]
         if self.tail_norm is not None:
             tail = self.tail_norm(tail)
@@ -133,9 +137,9 @@ class Consolidation(nn.Module):
         out: Tensor = self.dropout(tail).view_as(last) + share * last
         return out
 
-    def _reduce(self, taps: Tensor) -> Tensor:
+    def _reduce(self, taps: Tensor, group: int = 0) -> Tensor:
         """`[K, n, d] -> [K, n, h]` (SPEC 2.1, 2.3)."""
-        reduced = self.fc1(taps)
+        reduced = self.fc1(taps, group)
         if VARIANTS[self.variant].gated:
             reduced = F.relu(reduced)
             gated: Tensor = (self.fc2(reduced) + reduced) * torch.sigmoid(self.fc3(reduced))

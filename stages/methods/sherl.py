@@ -55,8 +55,8 @@ class SherlEncoder(Route):
 
     def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor]:
         """Consolidated states `[n, d]`."""
-        states = streams["hidden"].states
-        return (self.consolidation(states, states[-1]),)
+        packed = streams["hidden"]
+        return (self.consolidation(packed.states, packed.tap(-1), packed.group),)
 
     @staticmethod
     def hidden(
@@ -205,7 +205,7 @@ class SherlSeq2Seq(Route):
     def _consolidate(self, stream: str, packed: Packed) -> Tensor:
         count = len(self.spec.taps[stream])
         module: Consolidation = getattr(self, stream)
-        state: Tensor = module(packed.states[:count], packed.states[-1])
+        state: Tensor = module(packed.states[:count], packed.tap(-1), packed.group)
         return state
 
     def attach(self, backbone: Backbone) -> nn.Module:
