@@ -177,10 +177,12 @@ def live_sherl(bench: Bench) -> Record:
     return trained(bench, prepare)
 
 
-def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record:
-    """SHERL from a cache: features in host memory, streamed where `budget` is 0, or (`ready`)
-    decoded beforehand."""
+def cached(
+    bench: Bench, codec: str, residency: str = "host", loss: str = "words", ready: bool = False
+) -> Record:
+    """SHERL from a cache; with `ready`, every batch is decoded beforehand."""
     from sherl_pipe.cache import FeatureCache
+    from sherl_pipe.stages.memory import keep_freed_memory
     from sherl_pipe.stages.methods import METHODS
     from sherl_pipe.stages.part import load_part
     from sherl_pipe.stages.settings import TuneSettings
@@ -188,16 +190,19 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
     from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
     from sherl_pipe.stages.tune import Tuner
 
+    keep_freed_memory()
     cache = FeatureCache.open(bench.folder / f"cache-{codec}")
     meter = Meter()
     backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1))
     task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
-    settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH)
-    tuner = Tuner(task, settings, bench.folder / "runs", budget=budget)
-    tuner.train.preload()
+    settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
+    folder = bench.folder / "runs"
+    tuner = Tuner(task, settings, folder, budget=1 << 40, residency=residency)
+    if residency == "host":
+        tuner.train.preload()
     optimizer = tuner.optimizer()
-    chosen = [batch for epoch in range(2) for batch in tuner.train.epoch(0, epoch, BATCH)]
-    chosen = [batch for batch in chosen if len(batch) == BATCH][: bench.steps + 2]
+    chosen = [batch for epoch in range(4) for batch in tuner.train.epoch(0, epoch, BATCH)]
+    chosen = [batch for batch in chosen if len(batch) == BATCH][: 6 * bench.steps + 2]
     source = iter(list(tuner.train.read(chosen)) if ready else tuner.train.read(chosen))
     tuner.route.train()
 
@@ -214,15 +219,17 @@ def cached(bench: Bench, codec: str, budget: int, ready: bool = False) -> Record
 
 
 def _cached_rows() -> dict[str, Callable[[Bench], Record]]:
-    much = 1 << 40
     rows: dict[str, Callable[[Bench], Record]] = {
-        "cached sherl, ready float32 tensors": partial(
-            cached, codec="float32", budget=much, ready=True
-        )
+        "cached sherl, ready float32 tensors": partial(cached, codec="float32", ready=True)
     }
     for codec in CODECS:
-        rows[f"cached sherl, {codec}, host"] = partial(cached, codec=codec, budget=much)
-        rows[f"cached sherl, {codec}, stream"] = partial(cached, codec=codec, budget=0)
+        for residency in ("host", "stream"):
+            rows[f"cached sherl, {codec}, {residency}"] = partial(
+                cached, codec=codec, residency=residency
+            )
+    rows["cached sherl, int8, host, whole vocabulary"] = partial(
+        cached, codec="int8", loss="vocabulary"
+    )
     return rows
 
 

@@ -26,6 +26,7 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
@@ -102,6 +103,7 @@ def open_for_tuning(
     Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
     late = find_method(config.tune.method).late_blocks(config.tune.late)
+    keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")

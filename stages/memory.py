@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from pathlib import Path
 
 import psutil
 import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+# Numbers of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, where it is glibc.
+
+    A training step on the CPU frees and asks again for the same tens of megabytes; pages that come
+    fresh from the system each time cost a tenth of a step at the size of t5-base.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            library.mallopt(option, 1 << 30)
 
 
 class PeakMemory:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.methods.guided import guided_consolidation
 from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,20 +150,13 @@ class Consolidation(nn.Module):
 
     def _guide(self, reduced: Tensor) -> Tensor:
         """Guided consolidation (SPEC 1.1): `[K, n, h] -> [n, h]`."""
-        epsilon = VARIANTS[self.variant].epsilon
-        shallow, guide = reduced[:-1], reduced[-1]
-        units = shallow / (shallow.norm(dim=-1, keepdim=True) + epsilon)
-        units = units.transpose(0, 1)  # [n, M, h]
-        redundancy = F.relu(units @ units.transpose(1, 2)).sum(-1)  # [n, M], the own term included
-        # w . (s * g) for every tap, as s . (g * w): one product of [n, M, h] with [n, h, 1].
-        aim = (guide * self.score.weight[0, :, 0]).unsqueeze(-1)
-        scores = (shallow.transpose(0, 1) @ aim).squeeze(-1) + self.score.bias[0, 0]
-        # A tap that was reduced to nothing resembles nothing, itself included, and has no share;
-        # the papers' quotient would be 0 / 0.
-        there = redundancy > 0
-        shares = torch.where(there, F.relu(scores) / redundancy.where(there, 1.0), 0.0)
-        shares = shares / (shares.sum(-1, keepdim=True) + epsilon)
-        return torch.einsum("nm,mnh->nh", shares, shallow) + guide
+        return guided_consolidation(
+            reduced[:-1],
+            reduced[-1],
+            self.score.weight[0, :, 0],
+            self.score.bias[0, 0],
+            VARIANTS[self.variant].epsilon,
+        )
 
     @classmethod
     def from_reference(cls, params: Mapping[str, Tensor], variant: str) -> Consolidation:

@@ -1,0 +1,92 @@
+"""SHERL's guided consolidation (SPEC 1.1), with its gradient by hand.
+
+Everything between the two passes over the reduced taps happens in matrices of K x K per token, so
+forward and backward read the taps a few times where a chain of operations would write a dozen
+copies of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class GuidedConsolidation(torch.autograd.Function):
+    """`[n, h]` of shallow reduced taps `[M, n, h]` and a guide `[n, h]`.
+
+    With unit vectors u = s / (|s| + e), the redundancy of a tap is r_m = sum_k relu(u_m . u_k),
+    its own term included; its score is z_m = w . (s_m * g) + b; its share is
+    p_m = a_m / (sum a + e) with a_m = relu(z_m) / r_m; the result is sum_m p_m s_m + g. A tap that
+    was reduced to nothing resembles nothing, itself included, and has no share, where the papers'
+    quotient would be 0 / 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, shallow: Tensor, guide: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+    ) -> Tensor:
+        with torch.autocast(shallow.device.type, enabled=False):
+            kind = torch.promote_types(shallow.dtype, torch.float32)
+            taps = shallow.to(kind).transpose(0, 1)  # [n, M, h]
+            guided, scale = guide.to(kind), weight.to(kind)
+            aim = guided * scale
+            norms = torch.linalg.vector_norm(taps, dim=-1) + epsilon  # [n, M]
+            likeness = taps @ taps.transpose(1, 2)
+            likeness = likeness / (norms.unsqueeze(2) * norms.unsqueeze(1))  # u_m . u_k
+            redundancy = likeness.clamp(min=0).sum(-1)
+            there = redundancy > 0
+            redundancy = redundancy.where(there, 1.0)
+            scores = (taps @ aim.unsqueeze(-1)).squeeze(-1) + bias.to(kind)
+            weights = torch.where(there, scores.clamp(min=0) / redundancy, 0.0)
+            total = weights.sum(-1, keepdim=True) + epsilon
+            shares = weights / total
+            fused = (shares.unsqueeze(1) @ taps).squeeze(1) + guided
+        ctx.epsilon = epsilon
+        ctx.types = [each.dtype for each in (shallow, guide, weight, bias)]
+        ctx.save_for_backward(
+            taps, guided, scale, norms, likeness, redundancy, there, scores, total, shares
+        )
+        return fused.to(guide.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        taps, guide, scale, norms, likeness, redundancy, there, scores, total, shares = (
+            ctx.saved_tensors
+        )
+        gradient = gradients[0].to(taps.dtype)
+        to_share = (taps @ gradient.unsqueeze(-1)).squeeze(-1)  # [n, M]
+        # In the order of the published program: of one tap alone little but rounding is left.
+        to_weight = to_share / total - (to_share * (shares / total)).sum(-1, keepdim=True)
+        to_weight = to_weight.where(there, 0.0)
+        to_score = (to_weight / redundancy).where(scores > 0, 0.0)
+        # r has one row of likenesses each; a likeness has two unit vectors, so rows and columns.
+        to_redundancy = -to_weight * scores.clamp(min=0) / redundancy.square()
+        mixed = (to_redundancy.unsqueeze(2) + to_redundancy.unsqueeze(1)).where(likeness > 0, 0.0)
+        # Of u = s / (|s| + e): along the other taps, and against the growth of the own length.
+        own = (mixed * likeness).sum(-1) / (norms * (norms - ctx.epsilon)).where(there, 1.0)
+        mixed = mixed / (norms.unsqueeze(2) * norms.unsqueeze(1))
+        mixed.diagonal(dim1=1, dim2=2).sub_(own)
+        outer = torch.stack([shares, to_score], -1) @ torch.stack([gradient, guide * scale], 1)
+        to_taps = outer.baddbmm_(mixed, taps)
+        pulled = (to_score.unsqueeze(1) @ taps).squeeze(1)  # sum_m dz_m s_m
+        to_guide = gradient + pulled * scale
+        found = (
+            to_taps.transpose(0, 1),
+            to_guide,
+            (pulled * guide).sum(0),
+            to_score.sum(),
+        )
+        typed = (each.to(kind) for each, kind in zip(found, ctx.types, strict=True))
+        return (*typed, None)
+
+
+def guided_consolidation(
+    shallow: Tensor, guide: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+) -> Tensor:
+    """`GuidedConsolidation` of `shallow [M, n, h]`, `guide [n, h]`, `weight [h]` and `bias []`."""
+    out: Tensor = GuidedConsolidation.apply(shallow, guide, weight, bias, epsilon)  # type: ignore[no-untyped-call]
+    return out
