@@ -87,22 +87,19 @@ def decode(
     return taps.flatten(-2)[..., :width]
 
 
-def turn(values: Tensor, group: int, dim: int = -1) -> Tensor:
-    """Values of what was decoded `turned`: whole groups along `dim` (the last or the one before)
-    times the Hadamard matrix, which is symmetric; so a product with weights turned along their
-    inputs is the product of the weights with the values."""
+def turn(values: Tensor, group: int) -> Tensor:
+    """Values `[..., d]` of what was decoded `turned`: whole groups times the Hadamard matrix.
+
+    It is symmetric, so the product of turned values with turned weights `[..., d]` is that of the
+    values with the weights.
+    """
     if not group:
         return values
-    width = values.shape[dim]
+    width = values.shape[-1]
     whole = width // group * group
-    matrix = _hadamard(group, group, values.device)
-    shape = (*values.shape[:dim], whole // group, group, *values.shape[dim:][1:])
-    head = values.narrow(dim, 0, whole).reshape(shape)
-    head = head @ matrix if dim == -1 else matrix @ head
-    head = head.reshape(*values.shape[:dim], whole, *values.shape[dim:][1:])
-    return (
-        torch.cat([head, values.narrow(dim, whole, width - whole)], dim) if width > whole else head
-    )
+    head = values[..., :whole].reshape(-1, group) @ _hadamard(group, group, values.device)
+    head = head.view(*values.shape[:-1], whole)
+    return torch.cat([head, values[..., whole:]], -1) if width > whole else head
 
 
 def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -45,14 +45,11 @@ INITIALISATIONS = ("paper", "residual")
 
 
 class StackedLinear(nn.Module):
-    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, d, h]`, bias `[K, h]`.
-
-    The weight lies as its gradient comes out of a batched product, which spares a copy a step.
-    """
+    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, h, d]`, bias `[K, h]`."""
 
     def __init__(self, count: int, inputs: int, outputs: int, std: float | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, inputs, outputs))
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(count, outputs))
         if std is None:
             # What nn.Linear starts from: uniform in +-1/sqrt(inputs), weight and bias.
@@ -64,8 +61,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, values: Tensor, group: int = 0) -> Tensor:
         """`group`: of turned values (see `quantize.decode`)."""
-        weight = turn(self.weight, group, -2)
-        return torch.baddbmm(self.bias.unsqueeze(1), values, weight)
+        weight = turn(self.weight, group)
+        return torch.baddbmm(self.bias.unsqueeze(1), values, weight.transpose(1, 2))
 
 
 class Consolidation(nn.Module):
@@ -153,7 +150,7 @@ class Consolidation(nn.Module):
         return guided_consolidation(
             reduced[:-1],
             reduced[-1],
-            self.score.weight[0, :, 0],
+            self.score.weight[0, 0],
             self.score.bias[0, 0],
             VARIANTS[self.variant].epsilon,
         )
@@ -197,7 +194,7 @@ class Consolidation(nn.Module):
 
         def linear(module: StackedLinear, place: int, name: str) -> dict[str, Tensor]:
             return {
-                f"{name}.weight": pick(module.weight)[place].T,
+                f"{name}.weight": pick(module.weight)[place],
                 f"{name}.bias": pick(module.bias)[place],
             }
 
