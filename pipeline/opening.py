@@ -206,6 +206,7 @@ def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
         clip=tune.clip,
         init=tune.init,
         pool=tune.pool,
+        head=tune.head,
         loss=tune.loss,
         precision=tune.precision,
     )

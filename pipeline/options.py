@@ -114,6 +114,12 @@ TUNE = [
         help="Of an encoder's head.",
     ),
     click.option(
+        "--head",
+        type=click.Choice(["random", "probe"]),
+        default="random",
+        help="What an encoder's head starts from; probe fits a linear model first.",
+    ),
+    click.option(
         "--loss",
         type=click.Choice(["words", "vocabulary"]),
         default="words",

@@ -13,6 +13,7 @@ from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.stages import checkpoint
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
 from sherl_pipe.stages.memory import PeakMemory
+from sherl_pipe.stages.probe import head_inputs, start_head
 from sherl_pipe.stages.progress import Progress, loading, silent
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
@@ -76,6 +77,7 @@ class Pack:
             if state is not None:
                 tuner.randomness.state = state
             steps.setdefault(step, []).append(place)
+        self._start_heads(steps.get(0, []), spent, progress)
         # One group, unless only some of them were begun before.
         for step, places in sorted(steps.items()):
             group = _Group(self, places, optimizers, spent)
@@ -100,6 +102,27 @@ class Pack:
     def batch(self, place: int, batch: Batch) -> Batch:
         """A batch of the shared source as one tuning sees it."""
         return replace(batch, streams=_view(batch, self._training[place]))
+
+    def _start_heads(
+        self, places: Sequence[int], spent: dict[int, float], progress: Progress
+    ) -> None:
+        """Fit the heads that start from a linear model, in one pass over the training rows."""
+        places = [place for place in places if self.tuners[place].probes]
+        if not places:
+            return
+        begun = time.perf_counter()
+        inputs: dict[int, list[tuple[Ints, torch.Tensor]]] = {place: [] for place in places}
+        batches = self.train.in_order(self.tuners[0].settings.batch_size * 4)
+        for number, batch in enumerate(self.train.read(batches)):
+            for place in places:
+                streams = _view(batch, self._training[place])
+                found = head_inputs(self.tuners[place], streams)
+                inputs[place].append((batch.rows, found))
+            progress("starting heads", number + 1, len(batches), "batches")
+        for place in places:
+            start_head(self.tuners[place], inputs[place])
+        for place in places:
+            spent[place] += (time.perf_counter() - begun) / len(places)
 
     def _evaluate(
         self, places: Sequence[int], progress: Progress

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from sherl_pipe.cache.fingerprint import hash_json
 
 PRECISIONS = ("float32", "bf16")
+HEADS = ("random", "probe")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TuneSettings:
         weight_decay, clip: of AdamW; largest gradient norm.
         init: of the consolidation, `residual` or `paper`.
         pool: of an encoder's head, `mean` or `first`.
+        head: what an encoder's head starts from, `random` or `probe`, a linear model fitted to what
+            it reads of the training rows at the start.
         loss: of label words, `words` or `vocabulary` (see `Scoring`); text-to-text backbones.
         precision: `float32`, or `bf16` for autocast.
     """
@@ -40,6 +43,7 @@ class TuneSettings:
     clip: float = 1.0
     init: str = "residual"
     pool: str = "mean"
+    head: str = "random"
     loss: str = "words"
     precision: str = "float32"
 

@@ -15,7 +15,7 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
-from sherl_pipe.stages.settings import PRECISIONS, TuneSettings
+from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
 from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
 
@@ -103,10 +103,10 @@ class Task:
         Raises InputError for settings that do not fit the backbone or the cache.
         """
         method, backbone = find_method(settings.method), self.backbone
-        if settings.precision not in PRECISIONS:
-            raise InputError(
-                explain("precision", expected=f"one of {PRECISIONS}", found=settings.precision)
-            )
+        for name, known in (("precision", PRECISIONS), ("head", HEADS)):
+            found = getattr(settings, name)
+            if found not in known:
+                raise InputError(explain(name, expected=f"one of {known}", found=found))
         cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
@@ -125,6 +125,15 @@ class Task:
             self.outputs,
             settings.pool,
         )
+
+    def targets(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """What a pooled head learns of `rows` of the training table: class numbers `[n]`, or
+        numbers `[n]` of mean 0 and spread 1."""
+        labels = [self.train.labels[row] for row in rows]
+        if self.spec.kind == "classification":
+            return torch.tensor(labels, dtype=torch.long, device=device)
+        mean, spread = self.scaling
+        return (torch.tensor(labels, dtype=torch.float32, device=device) - mean) / spread
 
     def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:
         """Classes or numbers from head outputs or word scores `[N, outputs]`.

@@ -138,17 +138,20 @@ class Tuner:
 
     def loss_of(self, hidden: Tensor, rows: Ints) -> Tensor:
         """Mean loss of what the head reads for `rows` of the training table."""
-        task, device = self.task, hidden.device
-        labels = [task.train.labels[row] for row in rows.tolist()]
         if self.scoring is not None:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
-            return self.scoring.loss(logits, torch.from_numpy(task.words_of(labels)))
+            labels = [self.task.train.labels[row] for row in rows.tolist()]
+            return self.scoring.loss(logits, torch.from_numpy(self.task.words_of(labels)))
         logits = self.route.logits(hidden).float()
-        if task.spec.kind == "classification":
-            return F.cross_entropy(logits, torch.tensor(labels, device=device))
-        mean, spread = task.scaling
-        wanted = (torch.tensor(labels, dtype=torch.float32, device=device) - mean) / spread
+        wanted = self.task.targets(rows.tolist(), hidden.device)
+        if self.task.spec.kind == "classification":
+            return F.cross_entropy(logits, wanted)
         return F.mse_loss(logits[:, 0], wanted)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the head starts from a linear model; text-to-text backbones have none."""
+        return self.settings.head == "probe" and self.scoring is None
 
     def autocast(self) -> torch.autocast:
         """In force during forward passes."""

@@ -1,0 +1,102 @@
+"""A linear model on frozen features: where a pooled head can start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sherl_pipe.stages.features import Ints, Packed
+from sherl_pipe.stages.tune import Tuner
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Penalties that are tried, per row; one row in so many decides between them.
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 8
+# More rows hardly move a linear model.
+MOST_ROWS = 20_000
+STEPS = 100
+
+
+@torch.inference_mode()
+def head_inputs(tuner: Tuner, streams: Mapping[str, Packed]) -> Tensor:
+    """What a tuning's pooled head reads of a batch, `[B, d]`, as the route is now."""
+    route = tuner.route.eval()
+    with tuner.autocast():
+        (hidden,) = route.hidden([route], [route.fuse(streams)], [streams])
+    return hidden.float()
+
+
+def start_head(tuner: Tuner, found: Sequence[tuple[Ints, Tensor]]) -> None:
+    """Put a linear model into a tuning's head, fitted to the `head_inputs` of training rows."""
+    head: Any = tuner.route.head
+    rows = np.concatenate([each for each, _ in found])
+    inputs = torch.cat([each for _, each in found]).clone()  # out of the inference mode
+    targets = tuner.task.targets(rows.tolist(), inputs.device)
+    weight, bias = fit(inputs, targets, tuner.task.outputs)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+
+
+def fit(features: Tensor, targets: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weight `[outputs, d]` and bias `[outputs]` of a logistic or ridge regression.
+
+    Features are standardised inside; the penalty on the weights is the one of PENALTIES that is
+    best on rows left out, with which all rows are fitted again. No random choice is made.
+
+    Args:
+        features: `[N, d]`.
+        targets: class numbers `[N]`, or numbers `[N]` where `outputs` is 1.
+    """
+    if len(features) > MOST_ROWS:
+        kept = torch.linspace(0, len(features) - 1, MOST_ROWS, dtype=torch.float64).long()
+        features, targets = features[kept], targets[kept]
+    mean, spread = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
+    rows = (features - mean) / spread
+    apart = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    apart[::HELD_OUT] = True
+    if len(rows) < 2 * HELD_OUT:
+        best = max(PENALTIES)
+    else:
+        losses = {}
+        for penalty in PENALTIES:
+            weight, bias = _solve(rows[~apart], targets[~apart], outputs, penalty)
+            found = functional.linear(rows[apart], weight, bias)
+            losses[penalty] = float(_loss(found, targets[apart], outputs))
+        best = min(losses, key=losses.__getitem__)
+    weight, bias = _solve(rows, targets, outputs, best)
+    weight = weight / spread
+    return weight, bias - weight @ mean
+
+
+def _loss(found: Tensor, targets: Tensor, outputs: int) -> Tensor:
+    if outputs == 1:
+        return functional.mse_loss(found[:, 0], targets)
+    return functional.cross_entropy(found, targets)
+
+
+def _solve(rows: Tensor, targets: Tensor, outputs: int, penalty: float) -> tuple[Tensor, Tensor]:
+    if outputs == 1:
+        mean = targets.mean()
+        square = rows.T @ rows / len(rows) + penalty * torch.eye(rows.shape[1]).to(rows)
+        weight = torch.linalg.solve(square, rows.T @ (targets - mean) / len(rows))
+        return weight.unsqueeze(0), mean.unsqueeze(0)
+    linear = nn.Linear(rows.shape[1], outputs, device=rows.device, dtype=rows.dtype)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    solver = torch.optim.LBFGS(
+        linear.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = _loss(linear(rows), targets, outputs)
+        loss = loss + penalty / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return linear.weight.detach(), linear.bias.detach()
