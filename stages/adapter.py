@@ -18,7 +18,7 @@ from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.methods import METHODS, Consolidation
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
-from sherl_pipe.stages.methods.sherl import SherlSeq2Seq
+from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -107,7 +107,12 @@ class Pack:
         self, places: Sequence[int], spent: dict[int, float], progress: Progress
     ) -> None:
         """Fit the heads that start from a linear model, in one pass over the training rows."""
-        places = [place for place in places if self.tuners[place].probes]
+        # Where label words are scored there is no such head.
+        places = [
+            place
+            for place in places
+            if self.tuners[place].settings.head == "probe" and self.tuners[place].scoring is None
+        ]
         if not places:
             return
         begun = time.perf_counter()

@@ -148,11 +148,6 @@ class Tuner:
             return F.cross_entropy(logits, wanted)
         return F.mse_loss(logits[:, 0], wanted)
 
-    @property
-    def probes(self) -> bool:
-        """Whether the head starts from a linear model; text-to-text backbones have none."""
-        return self.settings.head == "probe" and self.scoring is None
-
     def autocast(self) -> torch.autocast:
         """In force during forward passes."""
         kind = self.task.backbone.device.type

@@ -18,11 +18,11 @@ from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
-from sherl_pipe.stages.surgery import TapRecorder, late_decoder, late_encoder, share
+from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
+from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
 from sherl_pipe.stages.taps import paper_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class SherlEncoder(Route):
@@ -98,162 +98,6 @@ class SherlEncoder(Route):
 
         blocks[taps[-1]].register_forward_pre_hook(substitute, with_kwargs=True)
         return model
-
-
-class SherlSeq2Seq(Route):
-    """SHERL on T5 (SPEC 3): both stacks consolidated, the last decoder blocks as late route.
-
-    Args:
-        backbone: the frozen T5.
-        spec: `spec.taps["encoder"]` and `["decoder"]` are the consolidated taps;
-            `spec.last["decoder"]` is the tap that enters the first late block, listed or not.
-    """
-
-    def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        width = backbone.width
-        model: Any = backbone.model
-
-        def consolidation(stream: str) -> Consolidation:
-            count = len(spec.taps[stream])
-            return Consolidation(width, width // spec.reduction, count, spec.variant, spec.init)
-
-        def side_norm(norm: Any) -> Any:
-            side = type(norm)(width, norm.variance_epsilon)
-            if spec.init == "residual":
-                side.load_state_dict(norm.state_dict())
-            return side
-
-        self.encoder = consolidation("encoder")
-        self.decoder = consolidation("decoder")
-        self.encoder_norm = side_norm(model.encoder.final_layer_norm)
-        self.decoder_norm = side_norm(model.decoder.final_layer_norm)
-        self.late = late_decoder(backbone, spec.late)
-        self.lm_head: nn.Module = share(model.lm_head)
-        self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
-
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream; the last feature at the end."""
-        taps = {}
-        for stream in ("encoder", "decoder"):
-            listed, last = self.spec.taps[stream], self.spec.last[stream]
-            taps[stream] = listed if listed[-1] == last else (*listed, last)
-        return taps
-
-    def forward(self, encoder: Packed, decoder: Packed) -> Tensor:
-        """Logits `[B, P, vocabulary]` of cached features at P positions per example."""
-        streams = {"encoder": encoder, "decoder": decoder}
-        (states,) = self.hidden([self], [self.fuse(streams)], [streams])
-        return self.logits(states)
-
-    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor, Tensor]:
-        """Memory `[n, d]` and consolidated decoder states `[m, d]`."""
-        memory = self.encoder_norm(self._consolidate("encoder", streams["encoder"]))
-        return memory, self._consolidate("decoder", streams["decoder"])
-
-    @staticmethod
-    def hidden(
-        routes: Sequence[SherlSeq2Seq],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """States `[B, P, d]` of each route's batch, P being the nodes of a tree if there is one."""
-        encoders = [streams["encoder"] for streams in batches]
-        decoders = [streams["decoder"] for streams in batches]
-        size, positions = (max(e.longest for e in packed) for packed in (encoders, decoders))
-        memory = [each.pad(states, size) for each, (states, _) in zip(encoders, fused, strict=True)]
-        inputs = torch.cat(
-            [each.pad(states, positions) for each, (_, states) in zip(decoders, fused, strict=True)]
-        )
-        mask = None
-        if tree is not None:
-            # Nodes that several paths share stand in each of them.
-            inputs = inputs[:, tree.flat_nodes]
-            mask = tree.flat_mask(inputs.dtype).to(inputs.device)
-        out = (
-            routes[0]
-            .late(
-                inputs_embeds=inputs,
-                attention_mask=mask,
-                encoder_hidden_states=torch.cat(memory),
-                encoder_attention_mask=torch.cat([each.mask(size) for each in encoders]).long(),
-                use_cache=False,
-            )
-            .last_hidden_state
-        )
-        if tree is not None:
-            out = out[:, tree.first_places().to(out.device)]
-        parts = out.split([len(each.lengths) for each in encoders])
-        return [
-            route.decoder_norm(part) * route.scale
-            for route, part in zip(routes, parts, strict=True)
-        ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        if tokens is None:
-            whole: Tensor = self.lm_head(hidden)
-            return whole
-        weight: Any = self.lm_head.weight
-        bias: Any = self.lm_head.bias
-        return functional.linear(
-            hidden, weight[list(tokens)], None if bias is None else bias[list(tokens)]
-        )
-
-    def _consolidate(self, stream: str, packed: Packed) -> Tensor:
-        count = len(self.spec.taps[stream])
-        module: Consolidation = getattr(self, stream)
-        state: Tensor = module(packed.states[:count], packed.tap(-1), packed.group)
-        return state
-
-    def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both consolidations hooked in; its weights are shared.
-
-        The encoder hands on the frozen and the side memory side by side, `[B, S, 2d]`, so that
-        whatever `generate` does to encoder outputs (beams, batches) happens to both; every
-        decoder block then takes its half.
-        """
-        model: Any = share(backbone.model)
-        width = backbone.width
-        encoder_taps, decoder_taps = self.reads()["encoder"], self.reads()["decoder"]
-        encoder_states = TapRecorder(model.encoder.block, encoder_taps)
-        decoder_states = TapRecorder(model.decoder.block, decoder_taps)
-        first_late = len(model.decoder.block) - self.spec.late
-
-        def consolidate(stream: str, recorder: TapRecorder) -> Tensor:
-            taps = self.spec.taps[stream]
-            last = recorder.states[self.spec.last[stream]]
-            module: Consolidation = getattr(self, stream)
-            state: Tensor = module(recorder.stacked(taps), last)
-            return state
-
-        def both_memories(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            side = self.encoder_norm(consolidate("encoder", encoder_states))
-            output.last_hidden_state = torch.cat([output.last_hidden_state, side], dim=-1)
-            return output
-
-        def take_half(number: int) -> Any:
-            late = number >= first_late
-
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                state, attention, bias, memory, *rest = args
-                # Torch takes both halves for trained because one is; backpropagation would run
-                # through all the frozen blocks for nothing.
-                memory = memory[..., width:] if late else memory[..., :width].detach()
-                if number == first_late:
-                    state = consolidate("decoder", decoder_states)
-                return (state, attention, bias, memory, *rest), kwargs
-
-            return hook
-
-        model.encoder.register_forward_hook(both_memories)
-        for number, block in enumerate(model.decoder.block):
-            block.register_forward_pre_hook(take_half(number), with_kwargs=True)
-        model.decoder.final_layer_norm = self.decoder_norm
-        live: nn.Module = model
-        return live
 
 
 class Sherl:
