@@ -192,8 +192,10 @@ def _turn(values: Tensor, width: int, group: int, out: Tensor) -> None:
 @lru_cache
 def _hadamard(group: int, side: int, device: torch.device) -> Tensor:
     """The matrix of `side // group` groups side by side."""
-    matrix: Tensor = torch.block_diag(*[torch.from_numpy(hadamard(group))] * (side // group))
-    return matrix.to(device)
+    # Kept for training too, whoever asks first.
+    with torch.inference_mode(False):
+        matrix: Tensor = torch.block_diag(*[torch.from_numpy(hadamard(group))] * (side // group))
+        return matrix.to(device)
 
 
 @lru_cache

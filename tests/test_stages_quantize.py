@@ -107,3 +107,28 @@ def test_large_states_are_held() -> None:
         decoded = CODECS[name].decode(*encode(CODECS[name], values), 64)
         error = np.linalg.norm(decoded - values, axis=-1)[:, 7:]
         assert (error <= 0.12 * np.linalg.norm(values, axis=-1)[:, 7:]).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("width", [64, 36])
+def test_turned_values_times_turned_weights(name: str, width: int) -> None:
+    """What is left turned is turned back, or turns the weights; evaluation may come first."""
+    quantize._hadamard.cache_clear()
+    codec = CODECS[name]
+    values = torch.randn(3, 7, width).cumsum(0)
+    codes, scales = quantize.encode(codec, values)
+    with torch.inference_mode():
+        plain = quantize.decode(codec, codes, scales, width)
+        turned = quantize.decode(codec, codes, scales, width, turned=True)
+        assert torch.allclose(quantize.turn(turned, codec.group), plain, atol=1e-5)
+    assert torch.equal(quantize.turn(plain, 0), plain)
+    turned = quantize.decode(codec, codes, scales, width, turned=True)
+    weights = [torch.randn(5, width, requires_grad=True)]
+    weights.append(weights[0].detach().clone().requires_grad_())
+    products = [plain.clone() @ weights[0].T, turned @ quantize.turn(weights[1], codec.group).T]
+    for product in products:
+        product.square().sum().backward()
+    assert torch.allclose(products[0], products[1], atol=1e-4)
+    first, second = (weight.grad for weight in weights)
+    assert first is not None and second is not None
+    assert (first - second).abs().max() < 1e-4 * first.abs().max()
