@@ -35,11 +35,6 @@ def sherl_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> 
     return _tuned(task, lr, seed, epochs, init="paper")
 
 
-def sherl_probe(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from the residual start, its head from a linear model."""
-    return _tuned(task, lr, seed, epochs, init="residual", head="probe")
-
-
 def sherl_float32(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
     """SHERL from features that are stored without loss."""
     return _tuned(task, lr, seed, epochs, init="residual", codec="float32")
@@ -51,14 +46,7 @@ def sherl_int4(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> R
 
 
 def _tuned(
-    task: TaskData,
-    lr: float | None,
-    seed: int,
-    epochs: int,
-    *,
-    init: str,
-    codec: str = "int8",
-    head: str = "random",
+    task: TaskData, lr: float | None, seed: int, epochs: int, *, init: str, codec: str = "int8"
 ) -> RunResult:
     if lr is None:
         raise ValueError("this method needs a learning rate")
@@ -78,7 +66,6 @@ def _tuned(
             "--epochs": epochs,
             "--batch-size": BATCH_SIZE,
             "--init": init,
-            "--head": head,
             "--out": out,
         }
         text = sherl_pipe(
