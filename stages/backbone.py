@@ -42,7 +42,10 @@ class Backbone:
         family: its entry in `FAMILIES`.
         name: as it was asked for.
         revision: the hub's commit, None for a local folder.
+        words: what is there of the output head where only some of its rows are (see `load_part`).
     """
+
+    words: nn.Module | None = None
 
     def __init__(self, model: Any, name: str = "model", revision: str | None = None) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)

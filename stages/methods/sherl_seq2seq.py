@@ -11,7 +11,7 @@ from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,7 +46,7 @@ class SherlSeq2Seq(Route):
         self.encoder_norm = side_norm(model.encoder.final_layer_norm)
         self.decoder_norm = side_norm(model.decoder.final_layer_norm)
         self.late = late_decoder(backbone, spec.late)
-        self.lm_head: nn.Module = share(model.lm_head)
+        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
         self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def reads(self) -> dict[str, tuple[int, ...]]:
@@ -109,11 +109,7 @@ class SherlSeq2Seq(Route):
         if tokens is None:
             whole: Tensor = self.lm_head(hidden)
             return whole
-        weight: Any = self.lm_head.weight
-        bias: Any = self.lm_head.bias
-        return functional.linear(
-            hidden, weight[list(tokens)], None if bias is None else bias[list(tokens)]
-        )
+        return functional.linear(hidden, *head_rows(self.lm_head, tokens))
 
     def _consolidate(self, stream: str, packed: Packed) -> Tensor:
         count = len(self.spec.taps[stream])
