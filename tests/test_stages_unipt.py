@@ -13,6 +13,7 @@ from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.unipt import UniPT
 from sherl_pipe.stages.methods.unipt_clip import ClipUniPT
 from sherl_pipe.stages.methods.unipt_maps import MapUniPT
+from sherl_pipe.stages.quantize import turn
 from torch import Tensor
 
 
@@ -69,6 +70,11 @@ def test_packed_features_give_what_padded_ones_do(variant: str) -> None:
     found = module.interact(torch.stack([packed.pad(each) for each in reduced]), packed.mask())
     out = module.expand(reduced[-1], found[packed.mask()])
     assert difference(out, tensors["output.out"][mask]) < OUTPUT
+
+
+def test_turned_taps_are_reduced_as_their_values_are() -> None:
+    module, taps = UniPT(12, 4, 3, 5), torch.randn(3, 6, 12)
+    assert difference(module.reduce(taps, 8), module.reduce(turn(taps, 8))) < OUTPUT
 
 
 @pytest.mark.parametrize("variant", ["bert", "clipvil"])
