@@ -196,7 +196,7 @@ class DtlVit(Published):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits `[B, classes]` of images `[B, channels, side, side]`."""
-        # Hooked in for this pass only: hooks of a copied module would still run the original's side.
+        # For this pass only: hooks of a copied module would still run the original's side network.
         handles = self.side.attach(self.backbone.blocks)
         try:
             out: Tensor = self.backbone(image)
