@@ -18,7 +18,7 @@ from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, trainable
-from sherl_pipe.stages.methods.consolidation import GATE_SCALE
+from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
