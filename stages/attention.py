@@ -1,4 +1,4 @@
-"""T5's cross-attention for few queries, in an order of products that spares the keys and values."""
+"""T5's attention for few queries, with the products spared that make no difference."""
 
 from __future__ import annotations
 
@@ -78,3 +78,31 @@ class FewQueries(nn.Module):
         heads, inner = self.attention.n_heads, self.attention.inner_dim
         length = memory.shape[1]
         return bool(queries.shape[1] * (inner + heads * length) < length * inner)
+
+
+class LonePosition(nn.Module):
+    """Stands where a T5 self-attention was and gives what that gives.
+
+    One position attends to itself alone, with a share of one whatever queries, keys and position
+    bias are; so of one position only the value goes on. Several positions, and those with a KV
+    cache, get the model's own attention.
+
+    Args:
+        attention: the model's own `T5Attention`; its weights are shared.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self, hidden_states: Tensor, *, past_key_values: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`[B, P, d]` of states `[B, P, d]`, as `T5Attention` has it."""
+        if hidden_states.shape[1] > 1 or past_key_values is not None:
+            found: tuple[Tensor, Tensor | None, Tensor | None] = self.attention(
+                hidden_states, past_key_values=past_key_values, **rest
+            )
+            return found
+        alone: Tensor = self.attention.o(self.attention.v(hidden_states))
+        return alone, rest.get("position_bias"), None

@@ -27,6 +27,10 @@ from torch import Tensor
 # of batches would depend on the machine.
 WINDOW = 8
 
+# Rows of a batch from which on coded groups are left turned. A constant: a batch's values must not
+# depend, not even in their last bit, on what is trained from them.
+MANY_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -281,10 +285,12 @@ class FeatureSource:
             codes, scales = shelf.rows(role, where, self.device)
             stream = next(iter(self._streams[role].values()))
             _, picks = stream.places(reading.taps)
-            # A method that begins with a linear layer turns its weights, which are fewer.
+            # A method that begins with a linear layer can turn its weights instead, forward and
+            # back, which pays where they are fewer.
+            turned = len(where) >= MANY_ROWS
             states = quantize.decode(
-                self._codec, codes, scales, stream.spec.width, picks, turned=True
+                self._codec, codes, scales, stream.spec.width, picks, turned=turned
             )
             lengths = torch.from_numpy(length).to(self.device)
-            streams[role] = Packed(states, lengths, self._codec.group)
+            streams[role] = Packed(states, lengths, self._codec.group if turned else 0)
         return Batch(rows, streams)

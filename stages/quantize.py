@@ -222,7 +222,7 @@ def _bfloat16_above(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bfloat16(high: Tensor, low: Tensor) -> Tensor:
-    return ((high.int() << 24) | (low.int() << 16)).view(torch.float32)
+    return torch.stack([low, high], -1).view(torch.bfloat16).squeeze(-1).float()
 
 
 def _split_planes(values: Tensor, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Taps out of a backbone and a late route into it.
 
-Nothing of a model's arithmetic is written again, but for the order of products in one attention
-(see `FewQueries`). Taps are forward hooks on the model's own blocks; stage one runs a copy of the
+Nothing of a model's arithmetic is written again, but for attention with few queries (see
+`attention.py`). Taps are forward hooks on the model's own blocks; stage one runs a copy of the
 model's structure (its weights shared) that ends after the last tap; the late route is a copy that
 begins at the first late block.
 """
@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from sherl_pipe.stages.attention import FewQueries
+from sherl_pipe.stages.attention import FewQueries, LonePosition
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ def late_decoder(backbone: Backbone, late: int) -> nn.Module:
     attention.has_relative_attention_bias = True
     attention.relative_attention_bias = bias
     for block in stack.block:
+        block.layer[0].SelfAttention = LonePosition(block.layer[0].SelfAttention)
         block.layer[1].EncDecAttention = FewQueries(block.layer[1].EncDecAttention)
     stack.embed_tokens = None
     stack.final_layer_norm = nn.Identity()

@@ -185,9 +185,14 @@ class Tuner:
         for group in optimizer.param_groups:
             rate = self.settings.lr * schedule(step, total, self.settings.warmup)
             group["lr"] = group["share"] * rate
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        found = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(found)
         if not torch.isfinite(norm):
             raise self._not_finite(f"the gradient at step {step} is")
+        if norm > self.settings.clip:
+            nn.utils.clip_grads_with_norm_(
+                self.parameters.values(), self.settings.clip, total_norm=norm
+            )
         optimizer.step()
 
     def finish(self, outputs: Tensor, **costs: float) -> TuneResult:

@@ -15,6 +15,7 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
 from sherl_pipe.stages.methods.consolidation_maps import MapConsolidation
+from sherl_pipe.stages.methods.gated import gated_reduction
 from sherl_pipe.stages.methods.guided import GATE_SCALE, guided_consolidation
 from sherl_pipe.stages.methods.parts import StackedLinear, stacked_norm
 from sherl_pipe.stages.methods.published import Names, Published, count, pair, part, probe, whole
@@ -153,12 +154,9 @@ class Consolidation(Published):
 
     def _reduce(self, taps: Tensor, group: int = 0) -> Tensor:
         """`[K, n, d] -> [K, n, h]` (SPEC 2.1, 2.3, 2.6)."""
-        reduced = self.fc1(taps, group)
         if VARIANTS[self.variant].gated:
-            reduced = F.relu(reduced)
-            gated: Tensor = (self.fc2(reduced) + reduced) * torch.sigmoid(self.fc3(reduced))
-            return gated
-        return stacked_norm(reduced, self.norm_weight, self.norm_bias)
+            return gated_reduction(taps, (self.fc1, self.fc2, self.fc3), group)
+        return stacked_norm(self.fc1(taps, group), self.norm_weight, self.norm_bias)
 
     def _guide(self, reduced: Tensor) -> Tensor:
         """Guided consolidation (SPEC 1.1, 2.6): `[K, n, h] -> [n, h]`."""
