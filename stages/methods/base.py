@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.features import Packed
@@ -115,6 +116,11 @@ def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Batches behind one another; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled
+from sherl_pipe.stages.methods.base import Route, RouteSpec, joined, pooled
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
@@ -70,9 +69,7 @@ class SherlEncoder(Route):
         size = max(each.longest for each in packed)
         masks = [each.mask(size) for each in packed]
         padded = [each.pad(states, size) for each, (states,) in zip(packed, fused, strict=True)]
-        out = routes[0].late(
-            inputs_embeds=torch.cat(padded), attention_mask=torch.cat(masks).long()
-        )
+        out = routes[0].late(inputs_embeds=joined(padded), attention_mask=joined(masks).long())
         parts = out.last_hidden_state.split([len(mask) for mask in masks])
         return [
             pooled(part, mask, route.spec.pool)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec
+from sherl_pipe.stages.methods.base import Route, RouteSpec, joined
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
 from sherl_pipe.stages.words import PrefixTree, head_rows
@@ -80,7 +80,7 @@ class SherlSeq2Seq(Route):
         decoders = [streams["decoder"] for streams in batches]
         size, positions = (max(e.longest for e in packed) for packed in (encoders, decoders))
         memory = [each.pad(states, size) for each, (states, _) in zip(encoders, fused, strict=True)]
-        inputs = torch.cat(
+        inputs = joined(
             [each.pad(states, positions) for each, (_, states) in zip(decoders, fused, strict=True)]
         )
         mask = None
@@ -91,8 +91,8 @@ class SherlSeq2Seq(Route):
         late = routes[0].late(
             inputs_embeds=inputs,
             attention_mask=mask,
-            encoder_hidden_states=torch.cat(memory),
-            encoder_attention_mask=torch.cat([each.mask(size) for each in encoders]).long(),
+            encoder_hidden_states=joined(memory),
+            encoder_attention_mask=joined([each.mask(size) for each in encoders]).long(),
             use_cache=False,
         )
         out = late.last_hidden_state
