@@ -115,8 +115,12 @@ class MainPass:
         inputs = self._tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
-        mask = inputs["attention_mask"].bool()
-        return torch.stack([self._recorder.states[tap][mask] for tap in self._spec.taps])
+        places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
+        states = [self._recorder.states[tap].flatten(0, 1) for tap in self._spec.taps]
+        out = states[0].new_empty(len(states), len(places), states[0].shape[-1])
+        for place, state in enumerate(states):
+            torch.index_select(state, 0, places, out=out[place])
+        return out
 
 
 class DecoderPass:

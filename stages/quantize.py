@@ -28,13 +28,11 @@ def encode(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor | None]:
         return _split_planes(values, 4), None
     coded: list[tuple[Tensor, Tensor]] = []
     before: Tensor | None = None
-    for tap in values:
-        codes, scales = _encode_tap(codec, tap, before)
-        coded.append((codes, scales))
-        decoded = tap.new_empty(len(tap), codec.groups(tap.shape[-1]), codec.group)
-        parts = _factors(codec, scales, tap.shape[-1])
-        _decode_tap(codec, codes, parts, tap.shape[-1], before, decoded)
-        before = decoded
+    # Autocast would round products that should be exact.
+    with torch.autocast(values.device.type, enabled=False):
+        for tap in values:
+            codes, scales, before = _encode_tap(codec, tap, before)
+            coded.append((codes, scales))
     return torch.stack([codes for codes, _ in coded]), torch.stack([s for _, s in coded])
 
 
@@ -102,37 +100,56 @@ def turn(values: Tensor, group: int) -> Tensor:
     return torch.cat([head, values[..., whole:]], -1) if width > whole else head
 
 
-def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of one tap `[n, d]`; `before` is the decoded one in front of it."""
-    width, groups = tap.shape[-1], codec.groups(tap.shape[-1])
-    values = torch.nn.functional.pad(tap, (0, -width % codec.group))
-    values = values.view(-1, groups, codec.group)
-    carried = torch.zeros(values.shape[:2], dtype=torch.bool, device=tap.device)
+def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of one tap `[n, d]`, and its decoded coefficients `[n, G, group]`.
+
+    `before` are those of the tap in front of it. Turning keeps lengths and differences, so a group
+    is compared with the one before, and coded, without being turned back.
+    """
+    width = tap.shape[-1]
+    values = _coefficients(codec, tap)
+    sizes = torch.linalg.vector_norm(values, dim=-1)
+    mean = sizes.square().sum(-1, keepdim=True) / width
+    carried = torch.zeros_like(sizes)
     if before is not None:
-        difference = values - before
-        carried = difference.square().sum(-1) < values.square().sum(-1)
-        values = torch.where(carried.unsqueeze(-1), difference, values)
-    turned = torch.empty_like(values)
-    _turn(values.contiguous(), width, codec.group, turned)
-    values = turned.mul_(_shrink(width, codec.group, tap.device)[:, None])
+        carried = (torch.linalg.vector_norm(values - before, dim=-1) < sizes).float()
+        values.addcmul_(before, carried.unsqueeze(-1), value=-1)
+    marks = (carried * CARRIED).byte()
     peaks = values.abs().amax(-1)
     if codec.name == "int8":
-        floor = codec.step * tap.square().mean(-1, keepdim=True).sqrt()
-        high, low, steps = _bfloat16_above(torch.maximum(peaks / 127, floor))
-        scales = torch.cat([high | (carried * CARRIED).byte(), low], -1)
-        numbers = (values / _nonzero(steps).unsqueeze(-1)).round_().clamp_(-127, 127)
+        high, low, steps = _bfloat16_above(torch.maximum(peaks / 127, codec.step * mean.sqrt()))
+        steps = steps.unsqueeze(-1)
+        numbers = values.div_(_nonzero(steps)).round_().clamp_(-127, 127)
         codes = numbers.to(torch.int8).flatten(-2)[..., :width].contiguous().view(torch.uint8)
-        return codes, scales
-    wanted = peaks / 7.5
-    high, low, token = _bfloat16_above(wanted.amax(-1, keepdim=True))
-    ratio = (_nonzero(token) / wanted.clamp(min=torch.finfo(torch.float32).tiny)).log2()
-    # Between rounding and the larger step: what is cut off at the ends costs more than a wide step.
-    places = (8 * ratio + 0.62).floor_().clamp_(0, 127).long()
-    steps = token * _steps(tap.device)[places]
-    numbers = (values / _nonzero(steps).unsqueeze(-1) + 8).floor_().clamp_(0, 15).byte()
-    pairs = numbers.flatten(-2).view(-1, groups * codec.group // 2, 2)
-    codes = pairs[..., 0] | (pairs[..., 1] << 4)
-    return codes, torch.cat([high, low, places.byte() | (carried * CARRIED).byte()], -1)
+        scales = torch.cat([high | marks, low], -1)
+    else:
+        wanted = peaks / 7.5
+        high, low, token = _bfloat16_above(wanted.amax(-1, keepdim=True))
+        ratio = (_nonzero(token) / wanted.clamp(min=torch.finfo(torch.float32).tiny)).log2()
+        # Between rounding and the larger step: what is cut off at the ends costs more than a wide
+        # step.
+        places = (8 * ratio + 0.62).floor_().clamp_(0, 127).long()
+        steps = (token * _steps(tap.device)[places]).unsqueeze(-1)
+        numbers = values.div_(_nonzero(steps)).add_(8).floor_().clamp_(0, 15)
+        pairs = numbers.byte().view(len(tap), -1, 2)
+        codes = pairs[..., 0] | (pairs[..., 1] << 4)
+        scales = torch.cat([high, low, places.byte() | marks], -1)
+        numbers -= 7.5
+    decoded = numbers.mul_(steps)
+    if before is not None:
+        decoded.addcmul_(before, carried.unsqueeze(-1))
+    return codes, scales, decoded
+
+
+def _coefficients(codec: Codec, tap: Tensor) -> Tensor:
+    """Turned groups `[n, G, group]` of values `[n, d]`, as long as the values are; fresh memory."""
+    width, group = tap.shape[-1], codec.group
+    if width % group:
+        tap = torch.nn.functional.pad(tap, (0, -width % group))
+    values = tap.reshape(len(tap), -1, group)
+    turned = torch.empty_like(values)
+    _turn(values, width, group, turned)
+    return turned.mul_(_shrink(width, group, tap.device)[:, None])
 
 
 def _factors(codec: Codec, scales: Tensor, width: int) -> tuple[Tensor, Tensor]:
