@@ -128,7 +128,7 @@ class Tuner:
         scoring, route = self.scoring, self.route
         with self.autocast():
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
-            (hidden,) = route.hidden([route], [route.fuse(streams)], [streams], tree)
+            (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
 
