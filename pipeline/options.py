@@ -30,9 +30,15 @@ TEXT_COLUMNS = click.option(
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
-METHOD = click.option("--method", default="sherl")
-REDUCTION = click.option("--reduction", type=click.IntRange(1), help="Width over reduced width.")
-LATE = click.option("--late", type=click.IntRange(1), default=1, help="Late blocks.")
+METHOD = click.option("--method", default="sherl", help="sherl or lst.")
+REDUCTION = click.option(
+    "--reduction",
+    type=click.IntRange(1),
+    help="Width over reduced width.  [default: 4 for sherl, 8 for lst]",
+)
+LATE = click.option(
+    "--late", type=click.IntRange(0), help="Late blocks.  [default: 1 for sherl; lst has none]"
+)
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
 RESIDENCY = click.option(
@@ -106,7 +112,12 @@ TUNE = [
     click.option("--warmup", type=float, default=0.1, help="Share of the steps."),
     click.option("--weight-decay", type=float, default=0.0),
     click.option("--clip", type=float, default=1.0, help="Largest gradient norm."),
-    click.option("--init", type=click.Choice(["residual", "paper"]), default="residual"),
+    click.option(
+        "--init",
+        type=click.Choice(["residual", "paper", "random"]),
+        help="What training starts from: residual or paper for sherl, random for lst.  "
+        "[default: residual for sherl, random for lst]",
+    ),
     click.option(
         "--pool",
         type=click.Choice(["mean", "first"]),

@@ -16,6 +16,7 @@ from sherl_pipe.pipeline.opening import (
     check_folder,
     check_words,
     held_examples,
+    method_settings,
     parse_bytes,
     pick_device,
     prepare,
@@ -102,7 +103,7 @@ def open_for_tuning(
 
     Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
-    late = find_method(config.tune.method).late_blocks(config.tune.late)
+    late = find_method(config.tune.method).late_blocks(method_settings(config.tune)["late"])
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
     name = model or str(cache.identity.backbone["name"])

@@ -91,11 +91,7 @@ class Ladder(nn.Module):
             layers: numbers of the frozen blocks that they are beside.
         """
 
-        def pick(parameter: Tensor) -> Tensor:
-            if not gradients:
-                return parameter.detach()
-            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
+        pick = partial(values_of, gradients=gradients)
         named = {
             "side_first_downsample.weight": pick(self.first.weight),
             "side_first_downsample.bias": pick(self.first.bias),
@@ -120,6 +116,13 @@ def _mix(
     share, rung = kwargs.pop("rungs")[number]
     state, *rest = args
     return (share * state + (1 - share) * rung, *rest), kwargs
+
+
+def values_of(parameter: Tensor, *, gradients: bool) -> Tensor:
+    """A parameter's values, or its gradient."""
+    if not gradients:
+        return parameter.detach()
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def projection(inputs: int, outputs: int) -> nn.Linear:
@@ -171,9 +174,10 @@ def encoder_ladder(model: Any, layers: int, reduction: int) -> Ladder:
     """
     frozen, config = model.config, copy.deepcopy(model.config)
     heads = frozen.num_attention_heads
-    widths = {"hidden_size": frozen.hidden_size // heads, "intermediate_size": 0}
-    widths["intermediate_size"] = frozen.intermediate_size
-    _divide(config, reduction, widths)
+    narrow = frozen.hidden_size // heads
+    _divide(
+        config, reduction, {"hidden_size": narrow, "intermediate_size": frozen.intermediate_size}
+    )
     config.hidden_size *= heads
     config.num_hidden_layers = layers
     config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept

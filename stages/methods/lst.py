@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
@@ -45,9 +44,7 @@ class LstEncoder(Route):
         """Taps needed from a cache, per stream."""
         return {"hidden": self.spec.taps["hidden"]}
 
-    def fuse(
-        self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
-    ) -> tuple[Tensor]:
+    def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Pooled states `[B, d]`; there is no tree."""
         packed = streams["hidden"]
         mask = packed.mask()
@@ -105,31 +102,31 @@ class Lst(Method):
     def choose_taps(
         backbone: Backbone, late: int, cached: Mapping[str, tuple[int, ...]]
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-        """Tap 0 and the outputs of the published side layers, of those that a cache holds.
+        """Tap 0 and the outputs of T5's published side layers, or of all blocks of an encoder.
 
-        A cache with `--taps paper` lacks the output of the last block of the stream that ends in
-        the head, which SHERL does not read; there is no side block beside that one then. Of a
-        cache that lacks another published tap every tap is read. Raises InputError where tap 0 is
-        not cached, or nothing else is, and for late blocks.
+        Caches for SHERL lack the output of the last block of the stream that ends in the head;
+        there is no side block beside that one then. Of a cache that lacks another of these taps
+        every tap is read. Raises InputError where tap 0 is not cached, or nothing else is, and for
+        late blocks.
         """
         if late != 0:
-            raise InputError(
-                explain("late", expected="0 (lst has no late blocks)", found=late)
-            )
+            raise InputError(explain("late", expected="0 (lst has no late blocks)", found=late))
         taps = {}
         for stream, held in cached.items():
             blocks = len(backbone.blocks(stream))
-            published = [0, *(block + 1 for block in paper_blocks(blocks))]
-            complete = {*published} - {*held} <= {blocks}
-            chosen = [tap for tap in held if tap in published or not complete]
+            seq2seq = backbone.family.seq2seq
+            layers = paper_blocks(blocks) if seq2seq else range(blocks)
+            usual = [0, *(layer + 1 for layer in layers)]
+            complete = {*usual} - {*held} <= {blocks}
+            chosen = [tap for tap in held if tap in usual or not complete]
             if 0 not in chosen or len(chosen) < 2:
                 raise InputError(
                     explain(
                         f"taps of the {stream} stream",
-                        expected=f"{published}, or tap 0 and some others",
+                        expected=f"{usual}, or tap 0 and some others",
                         found=f"{list(held)} in the cache",
                         todo="Extract to another --cache with --taps "
-                        f"{','.join(map(str, published))} or --taps all.",
+                        f"{','.join(map(str, usual))} or --taps all.",
                     )
                 )
             taps[stream] = tuple(chosen)

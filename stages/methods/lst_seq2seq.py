@@ -11,7 +11,7 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
-from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder
+from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder, values_of
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
@@ -46,9 +46,7 @@ class LstSeq2Seq(Route):
         """Taps needed from a cache, per stream."""
         return {stream: self.spec.taps[stream] for stream in STREAMS}
 
-    def fuse(
-        self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
-    ) -> tuple[Tensor]:
+    def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """States `[B, P, d]` for the head, P being the nodes of a tree if there is one."""
         encoder, decoder = streams["encoder"], streams["decoder"]
         inside = encoder.mask().long()
@@ -141,10 +139,7 @@ class LstSeq2Seq(Route):
             )
             named |= {f"{stream}.{name}": values for name, values in found.items()}
         for leaf, parameter in self.upsample.named_parameters():
-            if gradients and parameter.grad is None:
-                raise RuntimeError("there are no gradients yet")
-            values = parameter.grad if gradients else parameter.detach()
-            named[f"side_final_upsample.{leaf}"] = values
+            named[f"side_final_upsample.{leaf}"] = values_of(parameter, gradients=gradients)
         return named
 
     @classmethod

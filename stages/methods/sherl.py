@@ -40,7 +40,7 @@ class SherlEncoder(Route):
         self.spec = spec
         width, taps = backbone.width, spec.taps["hidden"]
         self.consolidation = Consolidation(
-            width, width // spec.reduction, len(taps), spec.variant, spec.init
+            width, width // spec.reduction, len(taps), spec.variant or "", spec.init
         )
         self.late = late_encoder(backbone, spec.late)
         self.head = nn.Linear(width, spec.outputs)
@@ -55,9 +55,7 @@ class SherlEncoder(Route):
         (states,) = self.hidden([self], [self.fuse(streams)], [streams])
         return self.logits(states)
 
-    def fuse(
-        self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
-    ) -> tuple[Tensor]:
+    def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Consolidated states `[n, d]`."""
         packed = streams["hidden"]
         return (self.consolidation(packed.states, packed.tap(-1), packed.group),)

@@ -36,7 +36,9 @@ class SherlSeq2Seq(Route):
 
         def consolidation(stream: str) -> Consolidation:
             count = len(spec.taps[stream])
-            return Consolidation(width, width // spec.reduction, count, spec.variant, spec.init)
+            return Consolidation(
+                width, width // spec.reduction, count, spec.variant or "", spec.init
+            )
 
         def side_norm(norm: Any) -> Any:
             side = type(norm)(width, norm.variance_epsilon)
