@@ -68,7 +68,7 @@ class TuneConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
-    init: Literal["residual", "paper", "random"] | None = None
+    init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first"] = "mean"
     head: Literal["random", "probe"] = "random"
     loss: Literal["words", "vocabulary"] = "words"

@@ -101,6 +101,10 @@ EXTRACT = [
 TUNE = [
     CACHE,
     MOVED,
+    click.option(
+        "--data", "source", help="Texts that the cache was made from, as for extract; for fisher."
+    ),
+    TEXT_COLUMNS,
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     METHOD,
     REDUCTION,
@@ -114,9 +118,9 @@ TUNE = [
     click.option("--clip", type=float, default=1.0, help="Largest gradient norm."),
     click.option(
         "--init",
-        type=click.Choice(["residual", "paper", "random"]),
-        help="What training starts from: residual or paper for sherl, random for lst.  "
-        "[default: residual for sherl, random for lst]",
+        type=click.Choice(["residual", "paper", "random", "fisher"]),
+        help="What training starts from: residual or paper for sherl; random for lst, or fisher, "
+        "side blocks pruned from the backbone (needs --data).  [default: residual, random]",
     ),
     click.option(
         "--pool",

@@ -24,6 +24,7 @@ from sherl_pipe.pipeline.opening import (
     tunings,
 )
 from sherl_pipe.pipeline.planning import require_space
+from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
@@ -154,6 +155,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     wanted = tunings(config, seq2seq=backbone.family.seq2seq)
     asked = [(task, settings) for task in tasks for settings in wanted]
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
+    pruning = Pruning(config, cache, tokenizer, model, bars)
     outcomes: dict[tuple[str, str], Outcome] = {}
     for members in packs(asked, tune.together):
         tuners = [
@@ -167,7 +169,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
             )
             for task, settings in members
         ]
-        results = _one_pass(tuners, bars)
+        results = _one_pass(tuners, pruning, bars)
         for tuner, outcome in zip(tuners, results, strict=True):
             outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
@@ -180,7 +182,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     return [outcome for outcome in found if isinstance(outcome, TuneResult)]
 
 
-def _one_pass(tuners: Sequence[Tuner], bars: Bars) -> list[Outcome]:
+def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Outcome]:
     """Train what is not finished, having said what and where."""
     done = [tuner.finished() for tuner in tuners]
     for tuner, result in zip(tuners, done, strict=True):
@@ -189,6 +191,9 @@ def _one_pass(tuners: Sequence[Tuner], bars: Bars) -> list[Outcome]:
     left = [tuner for tuner, result in zip(tuners, done, strict=True) if result is None]
     if not left:
         return [result for result in done if result is not None]
+    for tuner in left:
+        if tuner.settings.init in find_method(tuner.settings.method).given:
+            tuner.start_from(pruning.weights(tuner))
     pack, first = Pack(left), left[0]
     for tuner in left:
         say(f"tune: {tuner.task.name}, {tuner.settings.name}")

@@ -217,17 +217,23 @@ def load_weights(route: nn.Module, weights: Mapping[str, Tensor], source: str) -
     if mine.keys() != weights.keys():
         odd = sorted(mine.keys() ^ weights.keys())
         raise InputError(explain(f"weights in {source}", expected=sorted(mine), found=odd))
+    put_weights(mine, weights, source)
+
+
+def put_weights(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str
+) -> None:
+    """Copy weights into the parameters of the same names. Raises InputError unless all of them
+    fit."""
+    for name, values in weights.items():
+        wanted = tuple(parameters[name].shape) if name in parameters else "no such weight"
+        if wanted != tuple(values.shape):
+            raise InputError(
+                explain(f"{source}: shape of {name}", expected=wanted, found=tuple(values.shape))
+            )
     with torch.no_grad():
-        for name, parameter in mine.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(
-                    explain(
-                        f"{source}: shape of {name}",
-                        expected=tuple(parameter.shape),
-                        found=tuple(weights[name].shape),
-                    )
-                )
-            parameter.copy_(weights[name])
+        for name, values in weights.items():
+            parameters[name].copy_(values)
 
 
 def load_reference(

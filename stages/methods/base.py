@@ -124,10 +124,12 @@ class Method(ABC):
         usual: defaults of the settings that mean something of their own to each method:
             `reduction`, `late` and `init`.
         inits: what its trained weights can start from.
+        given: those of them that `Tuner.start_from` has to be given weights for.
     """
 
     usual: ClassVar[Mapping[str, Any]]
     inits: ClassVar[tuple[str, ...]]
+    given: ClassVar[frozenset[str]] = frozenset()
 
     @staticmethod
     @abstractmethod

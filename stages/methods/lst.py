@@ -87,7 +87,8 @@ class Lst(Method):
     """The method `lst`."""
 
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 8, "late": 0, "init": "random"}
-    inits = ("random",)
+    inits = ("random", "fisher")
+    given = frozenset({"fisher"})
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -136,8 +137,13 @@ class Lst(Method):
     def build(backbone: Backbone, spec: RouteSpec) -> LstEncoder | LstSeq2Seq:
         """A fresh route; only its own parameters require gradients.
 
-        Raises InputError for a reduction that leaves nothing of some width.
+        The paper prunes T5 by the gradient of its own answers; an encoder has none without a head.
+
+        Raises InputError for a reduction that leaves nothing of some width, and for an encoder that
+        is to start from pruned weights.
         """
+        if spec.init in Lst.given and not backbone.family.seq2seq:
+            raise InputError(explain("init", expected="random for an encoder", found=spec.init))
         kind = LstSeq2Seq if backbone.family.seq2seq else LstEncoder
         return kind(backbone, spec).to(backbone.device)
 
