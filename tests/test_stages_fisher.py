@@ -189,7 +189,8 @@ def test_seeds_of_a_task_share_one_pruning(tmp_path: Path) -> None:
     # What is there is used again, without the texts; what is finished is not begun.
     done(*tune, *seeds, "--lr", 1e-3)
     assert snapshot(out, "/fisher-") == kept
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     refused(4, file.name, "is damaged. Delete it", argv=(*tune, "--seed", 7))
     file.unlink()
     done(*tune, *seeds, "--lr", 1e-3)
