@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_tools import done, refused
@@ -85,6 +86,15 @@ def test_together_they_draw_what_each_draws_alone(world: World, tmp_path: Path) 
         assert not torch.equal(tuner.loss(batch), loss)  # the next draw
         tuner.route.eval()
         assert torch.equal(tuner.loss(batch), tuner.loss(batch))
+
+
+def test_it_learns(world: World, tmp_path: Path) -> None:
+    """What tells two kinds of sentences apart holds for new ones."""
+    tuner = world.tuner(tmp_path, **HOW, task="kind", epochs=6, batch_size=16)
+    result = run(tuner)
+    labels = np.array(tuner.task.held_out.labels)
+    majority = 100 * max(labels.mean(), 1 - labels.mean())
+    assert result.score > majority + 15, (result.score, majority)
 
 
 def test_an_adapter_is_attached_again(world: World, tmp_path: Path) -> None:
