@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 from safetensors import SafetensorError
@@ -58,6 +57,7 @@ class Pruning:
         task, route = tuner.task, tuner.route
         if not isinstance(route, LstSeq2Seq):
             raise TypeError(f"{type(route).__name__} has no side blocks to prune")
+        # Ids are hashes: the smallest are a random draw that is the same everywhere.
         chosen = dict(sorted(zip(task.train.ids, task.train.labels, strict=True))[:EXAMPLES])
         examples = [[identity.hex(), label] for identity, label in chosen.items()]
         fingerprint = self._cache.identity.backbone["fingerprint"]
@@ -79,10 +79,11 @@ class Pruning:
         if task.tree is None:
             raise TypeError(f"{task.name} has no label words")
         words = [task.tree.words[word] for word in task.words_of(list(chosen.values())).tolist()]
-        return prune(self._whole, route, importances(self._whole, tokens, words, self._bars))
+        # Kept no longer than this: training needs the memory.
+        whole = self._load()
+        return prune(whole, route, importances(whole, tokens, words, self._bars))
 
-    @cached_property
-    def _whole(self) -> Backbone:
+    def _load(self) -> Backbone:
         identity = self._cache.identity
         name = self._model or str(identity.backbone["name"])
         revision = identity.backbone.get("revision")

@@ -129,9 +129,12 @@ def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) 
 
 @pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("family", ["t5", "bert"])
-def test_lossy_codecs_stay_close(tmp_path: Path, family: str, codec: str, bound: float) -> None:
+@pytest.mark.parametrize("how", [{}, LST], ids=str)
+def test_lossy_codecs_stay_close(
+    tmp_path: Path, family: str, codec: str, bound: float, how: dict[str, Any]
+) -> None:
     setting = prepare(tmp_path, family, codec=codec)
-    tuner = make_tuner(setting, tmp_path)
+    tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "colour", "validation")
