@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from cached import sherl, sherl_float32, sherl_int4, sherl_paper
+from cached import sherl, sherl_float32, sherl_int4, sherl_late1, sherl_paper
 from glue_tasks import FloatArray, TaskData, holdout_rows, score
 from training import Meter, PooledClassifier, RunResult, load_encoder, predict, train_and_score
 
@@ -112,6 +112,7 @@ METHODS: dict[str, Method] = {
     "full": full,
     "sherl": sherl,
     "sherl_paper": sherl_paper,
+    "sherl_late1": sherl_late1,
     "sherl_float32": sherl_float32,
     "sherl_int4": sherl_int4,
 }
@@ -120,7 +121,7 @@ RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl"}
 
 # Seeds of the search, where they are more than one. Three of SHERL's take less time than one of
 # LoRA's, and its runs with high rates differ much.
-SEARCH_SEEDS = {"sherl": 3}
+SEARCH_SEEDS = {"sherl": 3, "sherl_late1": 3}
 
 # The rates tried per method. A method without rates has nothing to search and no randomness, and
 # is run once.
@@ -128,8 +129,9 @@ LR_GRIDS: dict[str, tuple[float, ...]] = {
     "probe": (),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (2e-5, 5e-5, 1.5e-4, 5e-4),
-    "sherl": (1e-3, 3e-3, 6e-3, 1.2e-2),
-    "sherl_paper": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    "sherl": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "sherl_paper": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "sherl_late1": (1e-3, 3e-3, 6e-3, 1.2e-2),
 }
 
 

@@ -26,27 +26,40 @@ WORK = Path(__file__).resolve().parent.parent / "build" / "minilm_glue"
 
 
 def sherl(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from the residual start."""
-    return _tuned(task, lr, seed, epochs, init="residual")
+    """SHERL as it is by default on an encoder."""
+    return _tuned(task, lr, seed, epochs)
 
 
 def sherl_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from the published start."""
+    """SHERL from the published start of the consolidation."""
     return _tuned(task, lr, seed, epochs, init="paper")
+
+
+def sherl_late1(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
+    """SHERL with one late block and a random head."""
+    return _tuned(task, lr, seed, epochs, late=1, head="random")
 
 
 def sherl_float32(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
     """SHERL from features that are stored without loss."""
-    return _tuned(task, lr, seed, epochs, init="residual", codec="float32")
+    return _tuned(task, lr, seed, epochs, codec="float32")
 
 
 def sherl_int4(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
     """SHERL from the smallest features."""
-    return _tuned(task, lr, seed, epochs, init="residual", codec="int4")
+    return _tuned(task, lr, seed, epochs, codec="int4")
 
 
 def _tuned(
-    task: TaskData, lr: float | None, seed: int, epochs: int, *, init: str, codec: str = "int8"
+    task: TaskData,
+    lr: float | None,
+    seed: int,
+    epochs: int,
+    *,
+    init: str = "residual",
+    late: int = 2,
+    head: str = "probe",
+    codec: str = "int8",
 ) -> RunResult:
     if lr is None:
         raise ValueError("this method needs a learning rate")
@@ -66,6 +79,8 @@ def _tuned(
             "--epochs": epochs,
             "--batch-size": BATCH_SIZE,
             "--init": init,
+            "--late": late,
+            "--head": head,
             "--out": out,
         }
         text = sherl_pipe(

@@ -189,12 +189,16 @@ def cached(
     from sherl_pipe.stages.task import Task
     from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
     from sherl_pipe.stages.tune import Tuner
+    from sherl_pipe.stages.words import tokens_of
 
     keep_freed_memory()
     cache = FeatureCache.open(bench.folder / f"cache-{codec}")
     meter = Meter()
-    backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1))
-    task = Task(cache, "mixed", backbone, own_tokenizer(str(bench.model)))
+    tokenizer = own_tokenizer(str(bench.model))
+    words = cache.tasks["mixed"]["train"].spec.words
+    tokens = tokens_of(words, tokenizer) if loss == "words" else None
+    backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens)
+    task = Task(cache, "mixed", backbone, tokenizer)
     settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
     folder = bench.folder / "runs"
     tuner = Tuner(task, settings, folder, budget=1 << 40, residency=residency)

@@ -55,11 +55,18 @@ class ArraySpec:
         return files[self.chunk_key(shard)].to_bytes()
 
     def decode(
-        self, shard: int, data: bytes, taps: Sequence[int] | None, rows: int
+        self,
+        shard: int,
+        data: bytes,
+        taps: Sequence[int] | None,
+        rows: int,
+        out: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
         """The first `rows` rows (axis 1) of the listed `taps` (axis 0) of a shard's file.
 
-        Raises UnsafeError for chunks of other sizes; ValueError, RuntimeError for damaged ones.
+        They are put into `out` if there is one, in which case the file and one chunk are all that
+        it takes of memory. Raises UnsafeError for chunks of other sizes; ValueError, RuntimeError
+        for damaged ones.
         """
         self._check_chunks(data)
         buffer = default_buffer_prototype().buffer.from_bytes(data)
@@ -70,9 +77,10 @@ class ArraySpec:
         window = slice(start, start + rows)
         # One chunk is one tap, so only the listed taps are decompressed.
         wanted = range(self.shape[0]) if taps is None else taps
-        out = np.empty((len(wanted), rows, self.shape[2]), self.dtype)
-        for place, first, count in _runs(list(wanted)):
-            out[place : place + count] = array[first : first + count, window]
+        if out is None:
+            out = np.empty((len(wanted), rows, self.shape[2]), self.dtype)
+        for place, tap in enumerate(wanted):
+            out[place] = array[tap, window]
         return out
 
     @property
@@ -120,17 +128,6 @@ class ArraySpec:
             fill_value=self.fill,
             config={"write_empty_chunks": True},
         )
-
-
-def _runs(wanted: list[int]) -> list[tuple[int, int, int]]:
-    """`wanted` as (place, first, count) pieces of consecutive numbers."""
-    runs: list[tuple[int, int, int]] = []
-    start = 0
-    for at in range(1, len(wanted) + 1):
-        if at == len(wanted) or wanted[at] != wanted[at - 1] + 1:
-            runs.append((start, wanted[start], at - start))
-            start = at
-    return runs
 
 
 def _frame_bytes(frame: bytes) -> int | None:

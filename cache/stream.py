@@ -135,12 +135,18 @@ class Stream:
             return wanted, list(range(len(wanted)))
         return list(range(max(wanted) + 1)), wanted
 
-    def read_shard(self, shard: int, taps: Sequence[int] | None = None) -> ShardData:
+    def read_shard(
+        self,
+        shard: int,
+        taps: Sequence[int] | None = None,
+        out: tuple[Codes, Scales | None] | None = None,
+    ) -> ShardData:
         """The rows of one shard that hold data, still coded.
 
         Args:
             shard: its number.
             taps: tap numbers to read, in the wanted order; all of them by default.
+            out: memory for codes and scales, of their shapes; fresh memory by default.
 
         Raises:
             CorruptCacheError: a file is missing, or is not the file that was committed.
@@ -149,9 +155,12 @@ class Stream:
         """
         places, picks = self.places(taps)
         rows = self.layout.used_rows(shard)
+        memory = dict(zip(("values", "scales"), out or (None, None), strict=True))
         found = {}
         for name, key in self._keys.shard(shard).items():
-            decode = partial(self._keys.arrays[name].decode, shard, taps=places, rows=rows)
+            decode = partial(
+                self._keys.arrays[name].decode, shard, taps=places, rows=rows, out=memory[name]
+            )
             found[name] = self._decoded(key, f"shard {shard}", decode)
         return ShardData(found["values"], found.get("scales"), picks)
 

@@ -152,7 +152,7 @@ TUNE = [
     click.option(
         "--readers",
         type=click.IntRange(1),
-        help="Threads that read shards.  [default: 4, or the processors if they are fewer]",
+        help="Threads that read shards.  [default: one for two processors, at most 4]",
     ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
     DEVICE,

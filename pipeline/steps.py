@@ -36,6 +36,7 @@ from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
 from sherl_pipe.stages.tune import Tuner
+from sherl_pipe.stages.words import tokens_of
 
 
 def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
@@ -112,10 +113,16 @@ def open_for_tuning(
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
     load_whole = partial(load_backbone, name, revision=revision, device=device)
-    backbone = load_whole() if whole else load_part(name, late, revision=revision, device=device)
+    if whole:
+        backbone, tokenizer = load_whole(), load_tokenizer(name, revision)
+    else:
+        tokenizer = load_tokenizer(name, revision)
+        tables = [table for roles in cache.tasks.values() for table in roles.values()]
+        words = [word for table in tables for word in table.spec.words]
+        tokens = tokens_of(words, tokenizer) if config.tune.loss == "words" else None
+        backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
-    tokenizer = load_tokenizer(name, revision)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.

@@ -43,7 +43,10 @@ class Backbone:
         name: as it was asked for.
         revision: the hub's commit, None for a local folder.
         home: of a backbone that may have none of its weights, the device that they belong on.
+        words: what is there of the output head where only some of its rows are (see `load_part`).
     """
+
+    words: nn.Module | None = None
 
     def __init__(self, model: Any, name: str = "model", revision: str | None = None) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)

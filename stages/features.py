@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sherl_pipe.cache import FeatureCache, InputError, LabelTable, ShardData, Stream
+from sherl_pipe.cache import FeatureCache, InputError, LabelTable, Stream
 from sherl_pipe.cache.codecs import Codec
 from sherl_pipe.stages import quantize
 from sherl_pipe.stages.residency import Home, choose
-from sherl_pipe.stages.shelf import Form, Shelf, arrivals
+from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
 from sherl_pipe.stages.shelf import Ints as Ints
 from torch import Tensor
 
@@ -107,7 +107,7 @@ class FeatureSource:
             as `host`). `host`: in host memory. `stream`: shards come and go, and two windows of
             WINDOW shards at most are in host memory, whatever the budget. `auto`: the first of
             device, host and stream that has room; a CUDA device has room in half of what is free.
-        readers: threads that read shards; min(4, processors) by default.
+        readers: threads that read shards; one for two processors, at most 4, by default.
         beside: homes of other sources that take of the same room.
 
     Attributes:
@@ -135,7 +135,7 @@ class FeatureSource:
         self._locate(cache, table)
         size = sum(form.size for form in self._forms.values())
         self.home = choose(residency, size, budget, device, beside)
-        self._readers = readers or min(4, os.cpu_count() or 1)
+        self._readers = readers or min(4, max(1, (os.cpu_count() or 1) // 2))
         self._kept: Shelf | None = None
 
     @property
@@ -214,12 +214,10 @@ class FeatureSource:
             self._kept = Shelf(self._forms, self.device if on_device else torch.device("cpu"))
         return self._kept
 
-    def _read_unit(self, unit: int) -> dict[str, ShardData]:
+    def _read_unit(self, unit: int, room: Room) -> None:
         split, shard = self._units[unit]
-        return {
-            role: self._streams[role][split].read_shard(shard, reading.taps)
-            for role, reading in self.readings.items()
-        }
+        for role, reading in self.readings.items():
+            self._streams[role][split].read_shard(shard, reading.taps, room[role])
 
     def _locate(self, cache: FeatureCache, table: LabelTable) -> None:
         """Shard, first row and length of every row of the table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from sherl_pipe.stages.methods.consolidation import GATE_SCALE
+from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.settings import TuneSettings
 from torch import nn
 

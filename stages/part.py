@@ -7,7 +7,7 @@ had been loaded; only what the route needs is kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sherl_pipe.stages.weights import (
     read_header,
     same_values,
 )
+from sherl_pipe.stages.words import WordHead
 from torch import Tensor, nn
 
 
@@ -36,6 +37,7 @@ def load_part(
     name: str,
     late: Mapping[str, int],
     *,
+    tokens: Sequence[int] | None = None,
     revision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Backbone:
@@ -50,20 +52,26 @@ def load_part(
         name: a folder or a hub id.
         late: by stream, how many of its last blocks are needed; no entry for none. Streams that
             the model lacks do not matter.
+        tokens: those whose rows of the output head are enough, the backbone's `words`; all by
+            default.
         revision: of the hub.
         device: where the weights that are kept go.
 
     Raises what `load_backbone` raises.
     """
     try:
-        return _load(name, late, revision, torch.device(device))
+        return _load(name, late, tokens, revision, torch.device(device))
     except UnusualCheckpointError:
         # Also what is broken or not there: Hugging Face's loading says best what it is.
         return load_backbone(name, revision=revision, device=device)
 
 
 def _load(
-    name: str, late: Mapping[str, int], revision: str | None, device: torch.device
+    name: str,
+    late: Mapping[str, int],
+    tokens: Sequence[int] | None,
+    revision: str | None,
+    device: torch.device,
 ) -> Backbone:
     loader, config, extra = model_class(name, revision)
     if any(getattr(config, key, None) for key in ("quantization_config", "transformers_weights")):
@@ -84,12 +92,21 @@ def _load(
     if any(family.needs(each, first) for each, _ in model.named_buffers()):
         raise UnusualCheckpointError("buffers that are computed and not stored")
 
+    head = None if tokens is None else _head(model)
+
     def read(stored: StoredTensor) -> tuple[StoredTensor, Tensor, list[tuple[str, str]]]:
-        keep = any(family.needs(each, first) for each in groups[stored])
-        values, hashes = read_and_hash(stored, groups[stored], keep)
-        if values is None:
-            return stored, torch.empty(stored.shape, dtype=torch.float32, device="meta"), hashes
-        return stored, values.to(device), hashes
+        names = groups[stored]
+        keep: bool | Sequence[int] = any(
+            family.needs(each, first) for each in names if each != head
+        )
+        if not keep and tokens is not None and head in names:
+            keep = tokens
+        values, hashes = read_and_hash(stored, names, keep)
+        if values is None or keep is not True:
+            if values is not None:
+                backbone.words = WordHead(values.to(device), tokens or ())
+            values = torch.empty(stored.shape, dtype=torch.float32, device="meta")
+        return stored, values.to(values.device if values.is_meta else device), hashes
 
     # The largest first, so that the others are not done long before it.
     order = sorted(groups, key=lambda stored: stored.elements * len(groups[stored]), reverse=True)
@@ -154,6 +171,14 @@ def _skeleton(loader: Any, config: Any, extra: Mapping[str, Any]) -> Any:
     _ = classes[type(config)]
     with torch.device("meta"):
         return loader.from_config(config, dtype=torch.float32, **extra)
+
+
+def _head(model: Any) -> str | None:
+    """The name of the output head's weight; None for a model without one, or with a bias."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        return None
+    return next(f"{path}.weight" for path, module in model.named_modules() if module is head)
 
 
 def _groups(model: Any, held: Mapping[str, StoredTensor]) -> dict[StoredTensor, list[str]]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from sherl_pipe.cache import ShardData
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+Room = Mapping[str, tuple[Bytes, Bytes | None]]
 
 # Seconds that a batch may wait for its shards before the caller is told of it.
 PATIENCE = 2.0
@@ -62,6 +63,7 @@ class Shelf:
         self._place = np.arange(shards) if window is None else np.full(shards, -1)
         self._free = [] if window is None else list(range(places))
         self._start: dict[str, Ints] = {}
+        self._rows = {role: form.rows for role, form in forms.items()}
         self._blocks: dict[str, tuple[Tensor, Tensor | None]] = {}
         for role, form in forms.items():
             # A place that many shards use in turn is as large as the largest of them.
@@ -89,15 +91,29 @@ class Shelf:
             if self._place[shard] < 0:
                 self._place[shard] = self._free.pop()
 
-    def put(self, shard: int, data: Mapping[str, ShardData]) -> None:
-        """Rows by role into the place of a shard; several threads may do so for several shards."""
-        for role, found in data.items():
+    def bring(self, shard: int, fill: Callable[[int, Room], None]) -> None:
+        """Have the rows of a shard in its place; threads may do so for several shards at once.
+
+        Args:
+            fill: writes them into memory that it is given by role: codes `[taps, rows, bytes]` and
+                scales, None where the codec has none. What it raises is raised, and the shard is
+                then not there.
+        """
+        places: dict[str, tuple[Tensor, Tensor | None]] = {}
+        room: dict[str, tuple[Bytes, Bytes | None]] = {}
+        for role, (codes, scales) in self._blocks.items():
             start = int(self._start[role][self._place[shard]])
-            rows = slice(start, start + found.codes.shape[1])
-            codes, scales = self._blocks[role]
-            _copy(found.codes, codes[:, rows])
-            if scales is not None and found.scales is not None:
-                _copy(found.scales, scales[:, rows])
+            rows = slice(start, start + int(self._rows[role][shard]))
+            places[role] = codes[:, rows], None if scales is None else scales[:, rows]
+            room[role] = (
+                _writable(places[role][0]),
+                (None if scales is None else _writable(scales[:, rows])),
+            )
+        fill(shard, room)
+        for role, (codes, scales) in places.items():
+            _settle(room[role][0], codes)
+            if scales is not None:
+                _settle(room[role][1], scales)
         self.there.add(shard)
 
     def starts(self, role: str, shards: Ints) -> Ints:
@@ -114,14 +130,19 @@ class Shelf:
         )
 
 
-def _copy(source: npt.NDArray[np.uint8], target: Tensor) -> None:
-    if target.device.type != "cuda":
-        # PyTorch's own copy would start a team of threads for every reader.
-        np.copyto(target.numpy(), source)
-        return
-    target.copy_(torch.from_numpy(source).pin_memory(), non_blocking=True)
-    # The shard is there only when its bytes are, whichever of the device's streams reads them.
-    torch.cuda.current_stream(target.device).synchronize()
+def _writable(place: Tensor) -> Bytes:
+    """Memory for the rows of a shard: their place itself, or on a CUDA device a stage for it."""
+    if place.device.type != "cuda":
+        return place.numpy()
+    return torch.empty(place.shape, dtype=place.dtype, pin_memory=True).numpy()
+
+
+def _settle(written: Bytes | None, place: Tensor) -> None:
+    """Copy what was written to its place, unless it is there."""
+    if written is not None and place.device.type == "cuda":
+        place.copy_(torch.from_numpy(written), non_blocking=True)
+        # The shard is there only when its bytes are, whichever of the device's streams reads them.
+        torch.cuda.current_stream(place.device).synchronize()
 
 
 def _taken(block: Tensor, places: Tensor, device: torch.device) -> Tensor:
@@ -137,7 +158,7 @@ def _taken(block: Tensor, places: Tensor, device: torch.device) -> Tensor:
 def arrivals(
     shelf: Shelf,
     needs: Sequence[Collection[int]],
-    read: Callable[[int], Mapping[str, ShardData]],
+    fill: Callable[[int, Room], None],
     readers: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[int, None, None]:
@@ -148,7 +169,7 @@ def arrivals(
 
     Args:
         needs: shards, at most the shelf's window of them each.
-        read: gives the rows of a shard, by role. What it raises is raised here, when a need for
+        fill: reads a shard (see `Shelf.bring`). What it raises is raised here, when a need for
             that shard comes.
         readers: number of threads.
         progress: called with (shards there, shards waited for) while a need waits for long.
@@ -157,16 +178,13 @@ def arrivals(
     coming: dict[int, Future[None]] = {}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="features")
 
-    def bring(shard: int) -> None:
-        shelf.put(shard, read(shard))
-
     try:
         for place, (shards, numbers) in enumerate(windows):
             following = windows[place + 1][0] if place + 1 < len(windows) else {}
             shelf.claim(wanted := shards | following)
             for shard in wanted:
                 if shard not in shelf.there and shard not in coming:
-                    coming[shard] = pool.submit(bring, shard)
+                    coming[shard] = pool.submit(shelf.bring, shard, fill)
             for number in numbers:
                 _await([coming.pop(s) for s in needs[number] if s in coming], progress)
                 yield number

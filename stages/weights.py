@@ -125,30 +125,43 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def read_and_hash(
-    stored: StoredTensor, names: Sequence[str], keep: bool
+    stored: StoredTensor, names: Sequence[str], keep: bool | Sequence[int]
 ) -> tuple[Tensor | None, list[tuple[str, str]]]:
     """One pass over a stored tensor.
 
     Args:
         stored: where it is.
         names: every name that the model has for it.
-        keep: whether its values are wanted.
+        keep: whether its values are wanted, or which rows of its first axis.
 
-    Returns the values, float32 of its shape, if wanted; and its hash under each name, for
-    `fingerprint_of`. Raises what `StoredTensor.pieces` raises.
+    Returns the values, float32 of its shape (or `[rows, ...]`), if wanted; and its hash under each
+    name, for `fingerprint_of`. Raises what `StoredTensor.pieces` raises, and
+    UnusualCheckpointError where a row is wanted that it does not have.
     """
     hashers = [_hasher(name, stored.shape) for name in names]
-    values = torch.empty(stored.elements if keep else 0, dtype=torch.float32)
+    shape = stored.shape
+    # What is kept, as (first element here, one past the last, first element there).
+    kept = [(0, stored.elements, 0)] if keep is True else []
+    if not isinstance(keep, bool):
+        size = math.prod(shape[1:])
+        kept = [(row * size, (row + 1) * size, place * size) for place, row in enumerate(keep)]
+        if kept and max(kept)[1] > stored.elements:
+            raise UnusualCheckpointError(f"{names[0]} has {shape[0]} rows")
+        shape = (len(kept), *shape[1:])
+    values = torch.empty(math.prod(shape) if kept else 0, dtype=torch.float32)
     done = 0
     for piece in stored.pieces():
         raw = piece.view(torch.uint8).numpy()
         for hasher in hashers:
             hasher.update(raw)
-        if keep:
-            values[done : done + len(piece)] = piece
+        for first, last, place in kept:
+            start, end = max(first, done), min(last, done + len(piece))
+            if start < end:
+                at = place + start - first
+                values[at : at + end - start] = piece[start - done : end - done]
         done += len(piece)
     hashes = [(name, hasher.hexdigest()) for name, hasher in zip(names, hashers, strict=True)]
-    return (values.reshape(stored.shape) if keep else None), hashes
+    return (values.reshape(shape) if kept else None), hashes
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:

@@ -6,7 +6,7 @@ once, and no example's own label enters the features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -220,3 +220,38 @@ class Scoring:
         for node, tokens in enumerate(self.tree.children):
             mask[node, self._places(tokens)] = 0
         return mask
+
+
+class WordHead(nn.Module):
+    """Some rows of an output head, where the others were not loaded.
+
+    Args:
+        weight: `[tokens, d]`.
+        tokens: their numbers in the vocabulary.
+    """
+
+    def __init__(self, weight: Tensor, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._places = {token: place for place, token in enumerate(tokens)}
+
+    def rows(self, tokens: Sequence[int]) -> Tensor:
+        """`[len(tokens), d]`. Raises KeyError for a token that was not loaded."""
+        return self.weight[[self._places[token] for token in tokens]]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Raises RuntimeError: logits of the whole vocabulary need the whole head."""
+        raise RuntimeError(f"of the head only {len(self._places)} rows were loaded")
+
+
+def head_rows(head: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, d]` and bias `[V]` of an output head for V tokens."""
+    if isinstance(head, WordHead):
+        return head.rows(tokens), None
+    places = list(tokens)
+    return head.weight[places], None if head.bias is None else head.bias[places]
+
+
+def tokens_of(words: Iterable[str], tokenizer: Any) -> list[int]:
+    """Every token that label words are made of, the end token included."""
+    return sorted({token for word in set(words) for token in tokenizer(text=word).input_ids})

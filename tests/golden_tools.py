@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sherl_pipe.stages.methods.published import Published
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -44,6 +46,38 @@ def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], zero:
             assert found[name].abs().max() < 1e-6, name
         else:
             assert difference(found[name], gradient) < GRADIENT, name
+
+
+def listed(inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The feature maps among a golden's inputs, in order."""
+    return [inputs[f"features.{k}"] for k in range(len(section(inputs, "features.")))]
+
+
+def check_module(
+    name: str, module: Published, run: Callable[[Any, dict[str, Tensor]], Tensor]
+) -> None:
+    """Compare a module, already holding a golden's parameters, with the golden.
+
+    Args:
+        run: the module's output for the golden's inputs, which require gradients.
+    """
+    meta, tensors = load(name)
+    module.eval()
+    wanted = section(tensors, "grad.input.")
+    inputs = section(tensors, "input.")
+    for key in wanted:
+        inputs[key].requires_grad_()
+    out = run(module, inputs)
+    assert difference(out, tensors["output.out"]) < OUTPUT
+    loss = out.square().mean()
+    assert difference(loss, tensors["output.loss"]) < OUTPUT
+    loss.backward()
+    found = {key: gradient for key in wanted if (gradient := inputs[key].grad) is not None}
+    check_gradients(found, wanted, [])
+    zero = meta.get("analytically_zero_grads", [])
+    mine = module.reference_parameters(gradients=True)
+    check_gradients(mine, section(tensors, "grad.param."), zero)
+    assert mine.keys() - section(tensors, "grad.param.").keys() == set(meta["params_without_grad"])
 
 
 def backbone(file: str) -> T5ForConditionalGeneration:

@@ -19,6 +19,7 @@ MODULES = [
     ("sherl_clipvil", "clipvil"),
     ("sherl_bert", "bert"),
     ("sherl_bert_eps", "bert"),
+    ("sherl_mdetr", "mdetr"),
 ]
 
 

@@ -100,14 +100,11 @@ def test_one_stack(name: str) -> None:
     missing, unexpected = stack.load_state_dict(frozen, strict=False)
     assert missing == ["embed_tokens.weight"] and not unexpected
     layers = meta["side_layers"]
-    ladder = t5_ladder(stack, len(layers), meta["task_reduction_factor"]).eval()
-    side: Any = ladder.stack
-    mine = ladder.reference_parameters(side.block, layers)
+    ladder = t5_ladder(stack, layers, meta["task_reduction_factor"]).eval()
+    mine = ladder.reference_parameters()
     unused = {f"side_gate_params.{layer}" for layer in range(len(stack.block))} - {*mine}
     assert frozen.keys() | mine.keys() | unused == params.keys()
-    with torch.no_grad():
-        for key, values in mine.items():
-            values.copy_(params[key])
+    ladder.load_published({key: params[key] for key in mine})
     taps = [0, *(layer + 1 for layer in layers)]
     recorder = TapRecorder(stack.block, taps)
     embeds = inputs["inputs_embeds"].requires_grad_()
@@ -128,7 +125,7 @@ def test_one_stack(name: str) -> None:
     assert difference(loss, tensors["output.loss"]) < OUTPUT
     loss.backward()
     expected = section(tensors, "grad.param.")
-    found = ladder.reference_parameters(side.block, layers, gradients=True)
+    found = ladder.reference_parameters(gradients=True)
     found |= {key: p.grad for key, p in stack.named_parameters() if p.grad is not None}
     assert expected.keys() == found.keys()
     check_gradients(found, expected, meta.get("analytically_zero_grads", []))
@@ -142,10 +139,10 @@ def test_one_stack(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p | {"decoder.extra": torch.zeros(1)}, r"found \['decoder.extra'\]"),
+        (lambda p: p | {"decoder.extra": torch.zeros(1)}, r"found unknown \['decoder.extra'\]"),
         (
             lambda p: {k: v for k, v in p.items() if k != "encoder.side_gate_params.2"},
-            "found .'encoder.side_gate_params.2'",
+            r"found no \['encoder.side_gate_params.2'\]",
         ),
         (lambda p: p | {"side_final_upsample.bias": torch.zeros(1)}, "shape of side_final.*32.*1"),
     ],

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from sherl_pipe.cache import InputError, ShardData
+from sherl_pipe.cache import InputError
 from sherl_pipe.stages import residency, shelf
 from sherl_pipe.stages.residency import Home, choose, in_bytes
-from sherl_pipe.stages.shelf import Form, Shelf, arrivals
+from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHARDS = 30
@@ -22,16 +22,16 @@ FORMS = {"a": Form(2, 3, 0, ROWS), "b": Form(1, 2, 4, np.ones(SHARDS, np.int64))
 PATIENT = 30.0  # seconds after which a test is given up
 
 
-def content(shard: int) -> dict[str, ShardData]:
-    """What no other shard holds."""
-    found = {}
+def fill(shard: int, room: Room) -> None:
+    """Write what no other shard holds."""
+    assert room.keys() == FORMS.keys()
     for role, form in FORMS.items():
-        codes, scales = (
-            np.full((form.taps, int(form.rows[shard]), size), shard + 1, np.uint8)
-            for size in (form.code_bytes, form.scale_bytes)
-        )
-        found[role] = ShardData(codes, scales if form.scale_bytes else None, [0])
-    return found
+        codes, scales = room[role]
+        assert codes.shape == (form.taps, form.rows[shard], form.code_bytes)
+        assert (scales is not None) == bool(form.scale_bytes)
+        for each in (codes, scales):
+            if each is not None:
+                each[:] = shard + 1
 
 
 def holds(kept: Shelf, shard: int) -> bool:
@@ -64,10 +64,10 @@ def test_every_need_finds_its_shards(window: int | None, count: int) -> None:
     needs = [rng.sample(range(SHARDS), rng.randint(0, window or 5)) for _ in range(150)]
     kept, reads = Shelf(FORMS, CPU, window), list[int]()
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         reads.append(shard)
         time.sleep(rng.random() / 2000)
-        return content(shard)
+        fill(shard, room)
 
     for expected, number in enumerate(arrivals(kept, needs, read, count)):
         assert number == expected
@@ -93,9 +93,9 @@ def test_memory_of_a_stream_is_two_windows() -> None:
 def test_a_shard_of_two_windows_is_read_once() -> None:
     reads = []
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         reads.append(shard)
-        return content(shard)
+        fill(shard, room)
 
     needs = [[0, 1], [1, 2], [2, 3], [0]]
     for number in arrivals(kept := Shelf(FORMS, CPU, 2), needs, read, 1):
@@ -106,23 +106,23 @@ def test_a_shard_of_two_windows_is_read_once() -> None:
 def test_shards_are_read_in_the_order_in_which_they_are_needed() -> None:
     reads = []
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         reads.append(shard)
-        return content(shard)
+        fill(shard, room)
 
     needs = [[7, 2], [2, 9], [1], [7, 0]]
     assert list(arrivals(Shelf(FORMS, CPU), needs, read, 1)) == [0, 1, 2, 3]
     assert reads == [7, 2, 9, 1, 0]
 
 
-def blocked(*shards: int) -> tuple[threading.Event, Callable[[int], dict[str, ShardData]]]:
+def blocked(*shards: int) -> tuple[threading.Event, Callable[[int, Room], None]]:
     """A read that is stuck on some shards until the event comes."""
     release = threading.Event()
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         if shard in shards:
             assert release.wait(PATIENT)
-        return content(shard)
+        fill(shard, room)
 
     return release, read
 
@@ -141,9 +141,9 @@ def test_the_first_batch_does_not_wait_for_later_shards(window: int | None) -> N
 def test_so_many_threads_read() -> None:
     together = threading.Barrier(3)
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         together.wait(PATIENT)
-        return content(shard)
+        fill(shard, room)
 
     assert list(arrivals(Shelf(FORMS, CPU), [[0, 1, 2], [3, 4, 5]], read, 3)) == [0, 1]
 
@@ -164,7 +164,7 @@ def test_a_long_wait_is_no_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_short_wait_is_none() -> None:
     told: list[int] = []
     needs = [[0, 1], [2]]
-    assert list(arrivals(Shelf(FORMS, CPU), needs, content, 1, lambda *each: told.extend(each)))
+    assert list(arrivals(Shelf(FORMS, CPU), needs, fill, 1, lambda *each: told.extend(each)))
     assert told == []
 
 
@@ -172,10 +172,10 @@ def test_a_short_wait_is_none() -> None:
 def test_what_a_reader_raises_comes_with_the_need_for_its_shard(window: int | None) -> None:
     broken = ValueError("shard 3")
 
-    def read(shard: int) -> dict[str, ShardData]:
+    def read(shard: int, room: Room) -> None:
         if shard == 3:
             raise broken
-        return content(shard)
+        fill(shard, room)
 
     kept, got = Shelf(FORMS, CPU, window), list[int]()
     with pytest.raises(ValueError) as caught:
@@ -197,9 +197,9 @@ def test_closing_early_stops_the_threads_and_keeps_what_is_there() -> None:
     assert readers() == [] and {0, 1} <= kept.there
     again = []
 
-    def read_again(shard: int) -> dict[str, ShardData]:
+    def read_again(shard: int, room: Room) -> None:
         again.append(shard)
-        return content(shard)
+        fill(shard, room)
 
     there = set(kept.there)
     everything = [list(range(SHARDS))]

@@ -12,7 +12,7 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -184,8 +184,7 @@ def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tens
     if tokens is None:
         whole: Tensor = head(hidden)
         return whole
-    bias = None if head.bias is None else head.bias[list(tokens)]
-    return functional.linear(hidden, head.weight[list(tokens)], bias)
+    return functional.linear(hidden, *head_rows(head, tokens))
 
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:

@@ -1,21 +1,26 @@
 """SHERL's anti-redundant consolidation of taps (Diao et al., ECCV 2024; multi-tiered sensing
 adaption), for all taps at once.
+
+Here are the forms that fuse token by token; those for CLIP4Clip and for feature maps lie beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.methods.guided import guided_consolidation
-from sherl_pipe.stages.quantize import turn
+from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
+from sherl_pipe.stages.methods.consolidation_maps import MapConsolidation
+from sherl_pipe.stages.methods.guided import GATE_SCALE, guided_consolidation
+from sherl_pipe.stages.methods.parts import StackedLinear, stacked_norm
+from sherl_pipe.stages.methods.published import Names, Published, count, pair, part, probe, whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GATE_SCALE = 0.1
 # tanh(0.2 / 0.1) = 0.96: open, and still steep enough to be learned.
 OPEN_GATE = 0.2
 
@@ -26,46 +31,43 @@ class Variant:
 
     Attributes:
         epsilon: of unit vectors and of the weights' normalisation.
-        gated: reduction by a gated two-layer block; else by linear and LayerNorm.
+        gated: reduction by a gated two-layer block; else by linear and LayerNorm, and the tail has
+            a LayerNorm too.
         std: of the initial linear weights; None is PyTorch's default.
+        names: published names of the first linear layer and of the norm of a reduction, of the
+            tail and of its norm.
+        tail_epsilon: of the tail's LayerNorm.
+        dropout: behind the tail.
+        projected: the taps' sum goes through a two-layer block before the guide is added; linear
+            weights then start Xavier-uniform.
     """
 
     epsilon: float
     gated: bool
     std: float | None
+    names: tuple[str, str, str, str]
+    tail_epsilon: float = 1e-5
+    dropout: float = 0.0
+    projected: bool = False
 
 
+_GATED = ("fc1", "", "fc_out", "")
 VARIANTS = {
-    "t5": Variant(1e-6, gated=True, std=0.01),
-    "clipvil": Variant(1e-6, gated=True, std=0.02),
-    "bert": Variant(1e-8, gated=False, std=None),
+    "t5": Variant(1e-6, True, 0.01, _GATED),
+    "clipvil": Variant(1e-6, True, 0.02, _GATED),
+    "bert": Variant(1e-8, False, None, ("fc.0", "fc.1", "fc_out.1", "fc_out.2"), 1e-12, 0.1),
+    "mdetr": Variant(1e-6, False, None, ("fc", "norm", "fc_out", "norm_out"), projected=True),
+}
+# Those that do not go token by token.
+OTHERS: dict[str, type[ClipConsolidation] | type[MapConsolidation]] = {
+    "clip4clip": ClipConsolidation,
+    "resnet": MapConsolidation,
 }
 
 INITIALISATIONS = ("paper", "residual")
 
 
-class StackedLinear(nn.Module):
-    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, h, d]`, bias `[K, h]`."""
-
-    def __init__(self, count: int, inputs: int, outputs: int, std: float | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
-        self.bias = nn.Parameter(torch.zeros(count, outputs))
-        if std is None:
-            # What nn.Linear starts from: uniform in +-1/sqrt(inputs), weight and bias.
-            bound = inputs**-0.5
-            nn.init.uniform_(self.weight, -bound, bound)
-            nn.init.uniform_(self.bias, -bound, bound)
-        else:
-            nn.init.normal_(self.weight, std=std)
-
-    def forward(self, values: Tensor, group: int = 0) -> Tensor:
-        """`group`: of turned values (see `quantize.decode`)."""
-        weight = turn(self.weight, group)
-        return torch.baddbmm(self.bias.unsqueeze(1), values, weight.transpose(1, 2))
-
-
-class Consolidation(nn.Module):
+class Consolidation(Published):
     """Fuses K taps and the last feature into one state per token.
 
     Args:
@@ -100,11 +102,25 @@ class Consolidation(nn.Module):
             self.norm_bias = nn.Parameter(torch.zeros(taps, hidden))
         self.score = StackedLinear(1, hidden, 1, kind.std)
         self.tail = StackedLinear(1, hidden, width, kind.std)
-        self.tail_norm = None if kind.gated else nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(0.0 if kind.gated else 0.1)
+        self.tail_norm = None if kind.gated else nn.LayerNorm(width, eps=kind.tail_epsilon)
+        self.dropout = nn.Dropout(kind.dropout)
         self.gate = nn.Parameter(torch.zeros(1))
+        self.project: nn.Sequential | None = None
+        if kind.projected:
+            self.project = nn.Sequential(
+                nn.Linear(hidden, width), nn.ReLU(), nn.Linear(width, hidden), nn.LayerNorm(hidden)
+            )
+            self._start_xavier()
         if init == "residual":
             self._start_residual()
+
+    def _start_xavier(self) -> None:
+        for module in self.modules():
+            if isinstance(module, StackedLinear):
+                for weight in module.weight:
+                    nn.init.xavier_uniform_(weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
 
     def _start_residual(self) -> None:
         with torch.no_grad():
@@ -136,82 +152,89 @@ class Consolidation(nn.Module):
         return out
 
     def _reduce(self, taps: Tensor, group: int = 0) -> Tensor:
-        """`[K, n, d] -> [K, n, h]` (SPEC 2.1, 2.3)."""
+        """`[K, n, d] -> [K, n, h]` (SPEC 2.1, 2.3, 2.6)."""
         reduced = self.fc1(taps, group)
         if VARIANTS[self.variant].gated:
             reduced = F.relu(reduced)
             gated: Tensor = (self.fc2(reduced) + reduced) * torch.sigmoid(self.fc3(reduced))
             return gated
-        normed = F.layer_norm(reduced, reduced.shape[-1:], eps=1e-5)
-        return normed * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1)
+        return stacked_norm(reduced, self.norm_weight, self.norm_bias)
 
     def _guide(self, reduced: Tensor) -> Tensor:
-        """Guided consolidation (SPEC 1.1): `[K, n, h] -> [n, h]`."""
-        return guided_consolidation(
+        """Guided consolidation (SPEC 1.1, 2.6): `[K, n, h] -> [n, h]`."""
+        fused = guided_consolidation(
             reduced[:-1],
             reduced[-1],
             self.score.weight[0, 0],
             self.score.bias[0, 0],
             VARIANTS[self.variant].epsilon,
+            added=self.project is None,
         )
+        if self.project is None:
+            return fused
+        projected: Tensor = self.project(fused)
+        return projected + reduced[-1]
+
+    @overload
+    @classmethod
+    def from_reference(
+        cls, params: Mapping[str, Tensor], variant: Literal["t5", "clipvil", "bert", "mdetr"]
+    ) -> Consolidation: ...
+
+    @overload
+    @classmethod
+    def from_reference(
+        cls, params: Mapping[str, Tensor], variant: Literal["clip4clip"]
+    ) -> ClipConsolidation: ...
+
+    @overload
+    @classmethod
+    def from_reference(
+        cls, params: Mapping[str, Tensor], variant: Literal["resnet"]
+    ) -> MapConsolidation: ...
+
+    @overload
+    @classmethod
+    def from_reference(cls, params: Mapping[str, Tensor], variant: str) -> Published: ...
 
     @classmethod
-    def from_reference(cls, params: Mapping[str, Tensor], variant: str) -> Consolidation:
+    def from_reference(cls, params: Mapping[str, Tensor], variant: str) -> Published:
         """A consolidation with the published parameters.
 
         Args:
-            params: tensors by the papers' names (`hor_block.0.fc1.weight`, ...; SPEC 2.1-2.3).
-            variant: `t5`, `clipvil` or `bert`.
+            params: tensors by the papers' names (`hor_block.0.fc1.weight`, ...; SPEC 2.1-2.6).
+            variant: a key of `VARIANTS` or `OTHERS`; one of the latter gives its own class.
 
-        Raises InputError for an unknown variant, or for names that are missing or left over.
+        Raises InputError for an unknown variant, for names that are missing or left over, and for
+        shapes that do not fit.
         """
+        if variant in OTHERS:
+            return OTHERS[variant].from_reference(params)
         if variant not in VARIANTS:
-            raise InputError(explain("variant", expected=f"one of {list(VARIANTS)}", found=variant))
-        first = "fc1" if VARIANTS[variant].gated else "fc.0"
-        count = sum(name.endswith(f".{first}.weight") for name in params)
-        probe = params.get(f"hor_block.0.{first}.weight")
-        if probe is None:
-            raise InputError(
-                explain("parameters", expected=f"hor_block.0.{first}.weight", found=sorted(params))
-            )
-        module = cls(probe.shape[1], probe.shape[0], count, variant)
-        mine = module.reference_parameters()
-        if mine.keys() != params.keys():
-            odd = sorted(mine.keys() ^ params.keys())
-            raise InputError(explain("parameters", expected="the published names", found=odd))
-        with torch.no_grad():
-            for name, view in mine.items():
-                view.copy_(params[name])
+            known = [*VARIANTS, *OTHERS]
+            raise InputError(explain("variant", expected=f"one of {known}", found=variant))
+        first = VARIANTS[variant].names[0]
+        hidden, width = probe(params, f"hor_block.0.{first}.weight", 2).shape
+        module = cls(width, hidden, count(params, "hor_block.", f".{first}.weight"), variant)
+        module.load_published(params)
         return module
 
-    def reference_parameters(self, *, gradients: bool = False) -> dict[str, Tensor]:
-        """Views of the parameters, or of their gradients, under the papers' names."""
-
-        def pick(parameter: Tensor) -> Tensor:
-            if not gradients:
-                return parameter.detach()
-            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-        def linear(module: StackedLinear, place: int, name: str) -> dict[str, Tensor]:
-            return {
-                f"{name}.weight": pick(module.weight)[place],
-                f"{name}.bias": pick(module.bias)[place],
-            }
-
-        named: dict[str, Tensor] = {"gate_params": pick(self.gate)}
-        gated = self.tail_norm is None
+    def published(self) -> Names:
+        """By published name, where a tensor is kept."""
+        first, norm, tail, tail_norm = VARIANTS[self.variant].names
+        named: Names = {"gate_params": (self.gate, whole)}
         for tap in range(self.fc1.weight.shape[0]):
-            block = f"hor_block.{tap}"
-            if gated:
-                for part in ("fc1", "fc2", "fc3"):
-                    named |= linear(getattr(self, part), tap, f"{block}.{part}")
+            block, own = f"hor_block.{tap}", part(tap)
+            named |= pair(f"{block}.{first}", self.fc1, own)
+            if self.tail_norm is None:
+                named |= pair(f"{block}.fc2", self.fc2, own) | pair(f"{block}.fc3", self.fc3, own)
             else:
-                named |= linear(self.fc1, tap, f"{block}.fc.0")
-                named[f"{block}.fc.1.weight"] = pick(self.norm_weight)[tap]
-                named[f"{block}.fc.1.bias"] = pick(self.norm_bias)[tap]
-        named |= linear(self.score, 0, "guide_block.fc_attn")
-        named |= linear(self.tail, 0, "fc_out" if gated else "fc_out.1")
+                named[f"{block}.{norm}.weight"] = (self.norm_weight, own)
+                named[f"{block}.{norm}.bias"] = (self.norm_bias, own)
+        named |= pair("guide_block.fc_attn", self.score, part(0)) | pair(tail, self.tail, part(0))
         if self.tail_norm is not None:
-            named["fc_out.2.weight"] = pick(self.tail_norm.weight)
-            named["fc_out.2.bias"] = pick(self.tail_norm.bias)
+            named |= pair(tail_norm, self.tail_norm)
+        if self.project is not None:
+            for place in (0, 2, 3):
+                named |= pair(f"guide_block.mlp.{place}", self.project[place])
         return named

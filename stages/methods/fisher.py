@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.methods.ladder import layers_of
 from sherl_pipe.stages.methods.lst_seq2seq import STREAMS, LstSeq2Seq
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.tokens import Tokens
@@ -86,8 +85,9 @@ def prune(
     width = route.encoder.first.out_features
     kept = _most(importance["shared.weight"].double().sum(0), width)
     for stream in STREAMS:
-        stack, side = model.get_submodule(stream), getattr(route, stream).stack
-        places = {layer: place for place, layer in enumerate(layers_of(route.spec, stream))}
+        stack, ladder = model.get_submodule(stream), getattr(route, stream)
+        side: Any = ladder.stack
+        places = {layer: place for place, layer in enumerate(ladder.layers)}
         inner = side.config.num_heads * side.config.d_kv
         sizes = {"q": inner, "o": width, "wo": width}
         for number, block in enumerate(stack.block):

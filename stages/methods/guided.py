@@ -13,20 +13,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# A gate g of the last feature opens by tanh(g / 0.1); by sigmoid(g / 0.1) where it is one of a tap.
+GATE_SCALE = 0.1
+
 
 class GuidedConsolidation(torch.autograd.Function):
     """`[n, h]` of shallow reduced taps `[M, n, h]` and a guide `[n, h]`.
 
     With unit vectors u = s / (|s| + e), the redundancy of a tap is r_m = sum_k relu(u_m . u_k),
     its own term included; its score is z_m = w . (s_m * g) + b; its share is
-    p_m = a_m / (sum a + e) with a_m = relu(z_m) / r_m; the result is sum_m p_m s_m + g. A tap that
-    was reduced to nothing resembles nothing, itself included, and has no share, where the papers'
-    quotient would be 0 / 0.
+    p_m = a_m / (sum a + e) with a_m = relu(z_m) / r_m; the result is sum_m p_m s_m + g, or without
+    `added` the sum alone. A tap that was reduced to nothing resembles nothing, itself included, and
+    has no share, where the papers' quotient would be 0 / 0.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, shallow: Tensor, guide: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+        ctx: Any,
+        shallow: Tensor,
+        guide: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        added: bool,
     ) -> Tensor:
         with torch.autocast(shallow.device.type, enabled=False):
             kind = torch.promote_types(shallow.dtype, torch.float32)
@@ -43,8 +52,9 @@ class GuidedConsolidation(torch.autograd.Function):
             weights = torch.where(there, scores.clamp(min=0) / redundancy, 0.0)
             total = weights.sum(-1, keepdim=True) + epsilon
             shares = weights / total
-            fused = (shares.unsqueeze(1) @ taps).squeeze(1) + guided
-        ctx.epsilon = epsilon
+            fused = (shares.unsqueeze(1) @ taps).squeeze(1)
+            fused = fused + guided if added else fused
+        ctx.epsilon, ctx.added = epsilon, added
         ctx.types = [each.dtype for each in (shallow, guide, weight, bias)]
         ctx.save_for_backward(
             taps, guided, scale, norms, likeness, redundancy, there, scores, total, shares
@@ -73,7 +83,7 @@ class GuidedConsolidation(torch.autograd.Function):
         outer = torch.stack([shares, to_score], -1) @ torch.stack([gradient, guide * scale], 1)
         to_taps = outer.baddbmm_(mixed, taps)
         pulled = (to_score.unsqueeze(1) @ taps).squeeze(1)  # sum_m dz_m s_m
-        to_guide = gradient + pulled * scale
+        to_guide = gradient + pulled * scale if ctx.added else pulled * scale
         found = (
             to_taps.transpose(0, 1),
             to_guide,
@@ -81,12 +91,19 @@ class GuidedConsolidation(torch.autograd.Function):
             to_score.sum(),
         )
         typed = (each.to(kind) for each, kind in zip(found, ctx.types, strict=True))
-        return (*typed, None)
+        return (*typed, None, None)
 
 
 def guided_consolidation(
-    shallow: Tensor, guide: Tensor, weight: Tensor, bias: Tensor, epsilon: float
+    shallow: Tensor,
+    guide: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    *,
+    added: bool = True,
 ) -> Tensor:
-    """`GuidedConsolidation` of `shallow [M, n, h]`, `guide [n, h]`, `weight [h]` and `bias []`."""
-    out: Tensor = GuidedConsolidation.apply(shallow, guide, weight, bias, epsilon)  # type: ignore[no-untyped-call]
+    """`GuidedConsolidation` of `shallow [M, n, h]`, `guide [n, h]`, `weight [h]` and `bias []`;
+    with `added` the guide is a term of the result."""
+    out: Tensor = GuidedConsolidation.apply(shallow, guide, weight, bias, epsilon, added)  # type: ignore[no-untyped-call]
     return out

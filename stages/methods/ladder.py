@@ -12,14 +12,16 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec
-from sherl_pipe.stages.methods.consolidation import GATE_SCALE, StackedLinear
+from sherl_pipe.stages.methods.guided import GATE_SCALE
+from sherl_pipe.stages.methods.parts import StackedLinear, start_linear
+from sherl_pipe.stages.methods.published import Names, Published, pair, part, whole
 from sherl_pipe.stages.surgery import EmbeddingPassthrough
 from torch import Tensor, nn
 
 STD = 0.01  # of the initial down- and up-sampling weights
 
 
-class Ladder(nn.Module):
+class Ladder(Published):
     """Side blocks fed by the taps of a frozen stack (SPEC 4).
 
     The side state starts as a projection of the embedding. In front of side block l it becomes
@@ -29,7 +31,8 @@ class Ladder(nn.Module):
     Args:
         stack: the family's own model of side blocks, without embeddings; called with
             `inputs_embeds [B, S, h]` it hands what it does not know on to its blocks.
-        blocks: these blocks.
+        path: where its blocks are.
+        layers: numbers of the frozen blocks that they are beside.
         width: d, of the frozen stack.
         hidden: h, of the side blocks.
         before: rate of dropout on the embedding.
@@ -39,7 +42,8 @@ class Ladder(nn.Module):
     def __init__(
         self,
         stack: nn.Module,
-        blocks: nn.ModuleList,
+        path: str,
+        layers: Sequence[int],
         width: int,
         hidden: int,
         *,
@@ -47,12 +51,13 @@ class Ladder(nn.Module):
         after: float,
     ) -> None:
         super().__init__()
+        self.layers, self._path = tuple(layers), path
         self.first = projection(width, hidden)
-        self.down = StackedLinear(len(blocks), width, hidden, STD)
-        self.gates = nn.Parameter(torch.zeros(len(blocks)))
+        self.down = StackedLinear(len(layers), width, hidden, STD)
+        self.gates = nn.Parameter(torch.zeros(len(layers)))
         self.stack = stack
         self.before, self.after = nn.Dropout(before), nn.Dropout(after)
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(self.blocks):
             block.register_forward_pre_hook(partial(_mix, number), with_kwargs=True)
 
     def reduce(self, packed: Packed) -> list[Tensor]:
@@ -81,32 +86,31 @@ class Ladder(nn.Module):
         states: Tensor = self.after(out.last_hidden_state)
         return states
 
-    def reference_parameters(
-        self, blocks: nn.ModuleList, layers: Sequence[int], *, gradients: bool = False
-    ) -> dict[str, Tensor]:
-        """Views of the parameters, or of their gradients, under the papers' names.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The side blocks."""
+        blocks = self.stack.get_submodule(self._path)
+        if not isinstance(blocks, nn.ModuleList):
+            raise TypeError(f"{self._path} is no ModuleList")
+        return blocks
 
-        Args:
-            blocks: the side blocks.
-            layers: numbers of the frozen blocks that they are beside.
-        """
-
-        pick = partial(values_of, gradients=gradients)
-        named = {
-            "side_first_downsample.weight": pick(self.first.weight),
-            "side_first_downsample.bias": pick(self.first.bias),
-        }
-        for place, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
-            named[f"side_gate_params.{layer}"] = pick(self.gates)[place : place + 1]
-            named[f"side_downsamples.{layer}.weight"] = pick(self.down.weight)[place]
-            named[f"side_downsamples.{layer}.bias"] = pick(self.down.bias)[place]
+    def published(self) -> Names:
+        """By published name (SPEC 4), where a tensor is kept."""
+        named = pair("side_first_downsample", self.first)
+        for place, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
+            named[f"side_gate_params.{layer}"] = (self.gates, partial(_one, place))
+            named |= pair(f"side_downsamples.{layer}", self.down, part(place))
             for name, parameter in block.named_parameters():
-                named[f"side_block.{layer}.{name}"] = pick(parameter)
+                named[f"side_block.{layer}.{name}"] = (parameter, whole)
         for name, parameter in self.stack.named_parameters():
             if name.startswith("final_layer_norm."):
                 leaf = name.removeprefix("final_layer_norm.")
-                named[f"final_side_layer_norm.{leaf}"] = pick(parameter)
+                named[f"final_side_layer_norm.{leaf}"] = (parameter, whole)
         return named
+
+
+def _one(place: int, gates: Tensor) -> Tensor:
+    return gates[place : place + 1]
 
 
 def _mix(
@@ -118,22 +122,12 @@ def _mix(
     return (share * state + (1 - share) * rung, *rest), kwargs
 
 
-def values_of(parameter: Tensor, *, gradients: bool) -> Tensor:
-    """A parameter's values, or its gradient."""
-    if not gradients:
-        return parameter.detach()
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
 def projection(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with the published start."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.normal_(linear.weight, std=STD)
-    nn.init.zeros_(linear.bias)
-    return linear
+    return start_linear(nn.Linear(inputs, outputs), STD)
 
 
-def t5_ladder(stack: Any, layers: int, reduction: int) -> Ladder:
+def t5_ladder(stack: Any, layers: Sequence[int], reduction: int) -> Ladder:
     """Side blocks for a T5 stack, started as T5 itself is, with the frozen table of positions.
 
     Widths of states, heads and feed-forward are divided by the reduction and rounded down; there
@@ -141,14 +135,14 @@ def t5_ladder(stack: Any, layers: int, reduction: int) -> Ladder:
 
     Args:
         stack: the frozen `T5Stack`.
-        layers: how many side blocks; at least 1.
+        layers: numbers of the frozen blocks with a side block; at least one.
         reduction: r.
 
     Raises InputError for a reduction that leaves nothing.
     """
     frozen, config = stack.config, copy.deepcopy(stack.config)
     _divide(config, reduction, {key: getattr(frozen, key) for key in ("d_model", "d_kv", "d_ff")})
-    config.num_layers = layers
+    config.num_layers = len(layers)
     config.vocab_size = 1  # of an embedding that is not kept
     side = type(stack)(config)
     side.embed_tokens = None
@@ -156,10 +150,10 @@ def t5_ladder(stack: Any, layers: int, reduction: int) -> Ladder:
     table = stack.block[0].layer[0].SelfAttention.relative_attention_bias
     side.block[0].layer[0].SelfAttention.relative_attention_bias.load_state_dict(table.state_dict())
     rate = frozen.dropout_rate
-    return Ladder(side, side.block, frozen.d_model, config.d_model, before=rate, after=rate)
+    return Ladder(side, "block", layers, frozen.d_model, config.d_model, before=rate, after=rate)
 
 
-def encoder_ladder(model: Any, layers: int, reduction: int) -> Ladder:
+def encoder_ladder(model: Any, layers: Sequence[int], reduction: int) -> Ladder:
     """Side blocks for a BERT-like encoder, started as its family is.
 
     There are as many heads, each with its width divided by the reduction and rounded down, as SPEC
@@ -167,7 +161,7 @@ def encoder_ladder(model: Any, layers: int, reduction: int) -> Ladder:
 
     Args:
         model: the frozen encoder.
-        layers: how many side blocks; at least 1.
+        layers: numbers of the frozen blocks with a side block; at least one.
         reduction: r.
 
     Raises InputError for a reduction that leaves nothing.
@@ -179,13 +173,14 @@ def encoder_ladder(model: Any, layers: int, reduction: int) -> Ladder:
         config, reduction, {"hidden_size": narrow, "intermediate_size": frozen.intermediate_size}
     )
     config.hidden_size *= heads
-    config.num_hidden_layers = layers
+    config.num_hidden_layers = len(layers)
     config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept
     side = type(model)(config, add_pooling_layer=False)
     side.embeddings = EmbeddingPassthrough()
     return Ladder(
         side,
-        side.encoder.layer,
+        "encoder.layer",
+        layers,
         frozen.hidden_size,
         config.hidden_size,
         before=frozen.hidden_dropout_prob,

@@ -16,7 +16,7 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Method, Route, RouteSpec, pooled
-from sherl_pipe.stages.methods.ladder import encoder_ladder, projection
+from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.taps import paper_blocks
@@ -36,7 +36,7 @@ class LstEncoder(Route):
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
         super().__init__()
         self.spec, self.late = spec, None
-        self.ladder = encoder_ladder(backbone.model, len(spec.taps["hidden"]) - 1, spec.reduction)
+        self.ladder = encoder_ladder(backbone.model, layers_of(spec, "hidden"), spec.reduction)
         self.upsample = projection(self.ladder.first.out_features, backbone.width)
         self.head = nn.Linear(backbone.width, spec.outputs)
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from sherl_pipe.cache import InputError
-from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
-from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder, values_of
+from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder
+from sherl_pipe.stages.methods.published import Names, Published, pair
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 STREAMS = ("encoder", "decoder")
 
 
-class LstSeq2Seq(Route):
+class LstSeq2Seq(Route, Published):
     """LST on T5 (SPEC 4): a ladder beside each stack, the decoder's attending to the encoder's.
 
     Args:
@@ -35,11 +34,11 @@ class LstSeq2Seq(Route):
 
         def ladder(stream: str) -> Ladder:
             stack = model.get_submodule(stream)
-            return t5_ladder(stack, len(spec.taps[stream]) - 1, spec.reduction)
+            return t5_ladder(stack, layers_of(spec, stream), spec.reduction)
 
         self.encoder, self.decoder = ladder("encoder"), ladder("decoder")
         self.upsample = projection(self.decoder.first.out_features, backbone.width)
-        self.lm_head: nn.Module = share(model.lm_head)
+        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
         self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def reads(self) -> dict[str, tuple[int, ...]]:
@@ -92,7 +91,7 @@ class LstSeq2Seq(Route):
         width, taps = backbone.width, self.reads()
         encoder_states = TapRecorder(model.encoder.block, taps["encoder"])
         decoder_states = TapRecorder(model.decoder.block, taps["decoder"])
-        depth = len(model.decoder.block)
+        depth, rungs = len(model.decoder.block), len(self.decoder.layers)
 
         def both_memories(
             _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -115,13 +114,12 @@ class LstSeq2Seq(Route):
                 attention_mask=kwargs.get("attention_mask"),
                 encoder_hidden_states=kwargs["encoder_hidden_states"][..., width:],
                 encoder_attention_mask=kwargs.get("encoder_attention_mask"),
-                past_key_values=None if cache is None else _side_cache(cache, depth, len(rungs)),
+                past_key_values=None if cache is None else _side_cache(cache, depth, rungs),
                 use_cache=cache is not None,
             )
             output.last_hidden_state = self.upsample(out)
             return output
 
-        rungs = layers_of(self.spec, "decoder")
         model.encoder.register_forward_hook(both_memories, with_kwargs=True)
         for block in model.decoder.block:
             block.register_forward_pre_hook(frozen_half, with_kwargs=True)
@@ -129,17 +127,11 @@ class LstSeq2Seq(Route):
         live: nn.Module = model
         return live
 
-    def reference_parameters(self, *, gradients: bool = False) -> dict[str, Tensor]:
-        """Views of the parameters, or of their gradients, under the papers' names (SPEC 4)."""
-        named: dict[str, Tensor] = {}
-        for stream in STREAMS:
-            ladder: Any = getattr(self, stream)
-            found = ladder.reference_parameters(
-                ladder.stack.block, layers_of(self.spec, stream), gradients=gradients
-            )
-            named |= {f"{stream}.{name}": values for name, values in found.items()}
-        for leaf, parameter in self.upsample.named_parameters():
-            named[f"side_final_upsample.{leaf}"] = values_of(parameter, gradients=gradients)
+    def published(self) -> Names:
+        """By published name (SPEC 4), where a tensor is kept."""
+        named = pair("side_final_upsample", self.upsample)
+        for stream, ladder in (("encoder", self.encoder), ("decoder", self.decoder)):
+            named |= {f"{stream}.{name}": kept for name, kept in ladder.published().items()}
         return named
 
     @classmethod
@@ -173,26 +165,14 @@ class LstSeq2Seq(Route):
             pool="mean",
         )
         route = cls(backbone, spec)
-        mine = route.reference_parameters()
-        used = {
-            name: values
-            for name, values in params.items()
-            if name in mine or not name.partition(".")[2].startswith("side_gate_params.")
-        }
-        if mine.keys() != used.keys():
-            odd = sorted(mine.keys() ^ used.keys())
-            raise InputError(explain("parameters", expected="the published names", found=odd))
-        with torch.no_grad():
-            for name, view in mine.items():
-                if view.shape != used[name].shape:
-                    raise InputError(
-                        explain(
-                            f"parameters: shape of {name}",
-                            expected=tuple(view.shape),
-                            found=tuple(used[name].shape),
-                        )
-                    )
-                view.copy_(used[name])
+        mine = route.published()
+        route.load_published(
+            {
+                name: values
+                for name, values in params.items()
+                if name in mine or not name.partition(".")[2].startswith("side_gate_params.")
+            }
+        )
         return route
 
 

@@ -51,7 +51,7 @@ class SherlSeq2Seq(Route):
         self.encoder_norm = side_norm(model.encoder.final_layer_norm)
         self.decoder_norm = side_norm(model.decoder.final_layer_norm)
         self.late = late_decoder(backbone, spec.late)
-        self.lm_head: nn.Module = share(model.lm_head)
+        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
         self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def reads(self) -> dict[str, tuple[int, ...]]:

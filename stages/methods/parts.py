@@ -1,0 +1,43 @@
+"""Layers over all taps at once, which the side networks share."""
+
+from __future__ import annotations
+
+import torch
+from sherl_pipe.stages.quantize import turn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class StackedLinear(nn.Module):
+    """K linear layers at once: `[K, n, d] -> [K, n, h]`; weight `[K, h, d]`, bias `[K, h]`."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, std: float | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(count, outputs))
+        if std is None:
+            # What nn.Linear starts from: uniform in +-1/sqrt(inputs), weight and bias.
+            bound = inputs**-0.5
+            nn.init.uniform_(self.weight, -bound, bound)
+            nn.init.uniform_(self.bias, -bound, bound)
+        else:
+            nn.init.normal_(self.weight, std=std)
+
+    def forward(self, values: Tensor, group: int = 0) -> Tensor:
+        """`group`: of turned values (see `quantize.decode`)."""
+        weight = turn(self.weight, group)
+        return torch.baddbmm(self.bias.unsqueeze(1), values, weight.transpose(1, 2))
+
+
+def start_linear(layer: nn.Linear, std: float | None) -> nn.Linear:
+    """Give a layer weights from N(0, std) and zero biases; of None, leave PyTorch's default."""
+    if std is not None:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def stacked_norm(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """K layer norms at once: `[K, n, h]` with a gain and a shift `[K, h]` each; epsilon 1e-5."""
+    normed = F.layer_norm(values, values.shape[-1:], eps=1e-5)
+    return normed * weight.unsqueeze(1) + bias.unsqueeze(1)
