@@ -74,8 +74,10 @@ def tune(**options: Any) -> None:
 
     whole = {key: options.pop(key) for key in ("cache", "device")}
     as_json, model = options.pop("as_json"), options.pop("model")
+    data = {key: options.pop(key) for key in ("source", "text_columns")}
     options["seed"] = options["seed"] or (0,)
-    _tune(make_config({**whole, "tune": options}, "tune"), as_json=as_json, model=model)
+    config = make_config({**whole, "data": data, "tune": options}, "tune")
+    _tune(config, as_json=as_json, model=model)
 
 
 @cli.command()

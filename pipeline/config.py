@@ -55,12 +55,12 @@ class ExtractConfig(Section):
 
 
 class TuneConfig(Section):
-    """Stage two. None leaves a setting to the model's family."""
+    """Stage two. None leaves a setting to the method or to the model's family."""
 
     tasks: tuple[str, ...] = ()
     method: str = "sherl"
     reduction: Positive | None = None
-    late: Positive = 1
+    late: Annotated[Integer, Field(ge=0)] | None = None
     lr: tuple[Rate, ...] = ()
     epochs: Positive = 10
     batch_size: Positive = 32
@@ -68,7 +68,7 @@ class TuneConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
-    init: Literal["residual", "paper"] = "residual"
+    init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first"] = "mean"
     head: Literal["random", "probe"] = "random"
     loss: Literal["words", "vocabulary"] = "words"

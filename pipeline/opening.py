@@ -14,11 +14,12 @@ import torch
 from sherl_pipe.cache import CODECS, FeatureCache, Identity, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
 from sherl_pipe.cache.schema import check_name
-from sherl_pipe.pipeline.config import RunConfig
+from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
 from sherl_pipe.stages.extract import identify
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.targets import label_tables
 from sherl_pipe.stages.templates import Template, make_template
@@ -191,20 +192,28 @@ def held_examples(path: Path) -> dict[bytes, str]:
     return {identity: split for identity, (split, _) in places.items()}
 
 
+def method_settings(tune: TuneConfig) -> dict[str, Any]:
+    """The settings that every method has its own defaults of: `reduction`, `late`, `init`.
+
+    Raises InputError for an unknown method.
+    """
+    usual = find_method(tune.method).usual
+    asked = {name: getattr(tune, name) for name in usual}
+    return {name: usual[name] if found is None else found for name, found in asked.items()}
+
+
 def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
     """The settings of every tuning of a task: learning rates times seeds."""
     tune = config.tune
     rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
     base = TuneSettings(
         method=tune.method,
-        reduction=tune.reduction or 4,
-        late=tune.late,
+        **method_settings(tune),
         epochs=tune.epochs,
         batch_size=tune.batch_size,
         warmup=tune.warmup,
         weight_decay=tune.weight_decay,
         clip=tune.clip,
-        init=tune.init,
         pool=tune.pool,
         head=tune.head,
         loss=tune.loss,

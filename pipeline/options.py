@@ -30,9 +30,15 @@ TEXT_COLUMNS = click.option(
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
-METHOD = click.option("--method", default="sherl")
-REDUCTION = click.option("--reduction", type=click.IntRange(1), help="Width over reduced width.")
-LATE = click.option("--late", type=click.IntRange(1), default=1, help="Late blocks.")
+METHOD = click.option("--method", default="sherl", help="sherl or lst.")
+REDUCTION = click.option(
+    "--reduction",
+    type=click.IntRange(1),
+    help="Width over reduced width.  [default: 4 for sherl, 8 for lst]",
+)
+LATE = click.option(
+    "--late", type=click.IntRange(0), help="Late blocks.  [default: 1 for sherl; lst has none]"
+)
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
 RESIDENCY = click.option(
@@ -95,6 +101,10 @@ EXTRACT = [
 TUNE = [
     CACHE,
     MOVED,
+    click.option(
+        "--data", "source", help="Texts that the cache was made from, as for extract; for fisher."
+    ),
+    TEXT_COLUMNS,
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     METHOD,
     REDUCTION,
@@ -106,7 +116,12 @@ TUNE = [
     click.option("--warmup", type=float, default=0.1, help="Share of the steps."),
     click.option("--weight-decay", type=float, default=0.0),
     click.option("--clip", type=float, default=1.0, help="Largest gradient norm."),
-    click.option("--init", type=click.Choice(["residual", "paper"]), default="residual"),
+    click.option(
+        "--init",
+        type=click.Choice(["residual", "paper", "random", "fisher"]),
+        help="What training starts from: residual or paper for sherl; random for lst, or fisher, "
+        "side blocks pruned from the backbone (needs --data).  [default: residual, random]",
+    ),
     click.option(
         "--pool",
         type=click.Choice(["mean", "first"]),

@@ -16,6 +16,7 @@ from sherl_pipe.pipeline.opening import (
     check_folder,
     check_words,
     held_examples,
+    method_settings,
     parse_bytes,
     pick_device,
     prepare,
@@ -23,6 +24,7 @@ from sherl_pipe.pipeline.opening import (
     tunings,
 )
 from sherl_pipe.pipeline.planning import require_space
+from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
@@ -103,7 +105,7 @@ def open_for_tuning(
 
     Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
-    late = find_method(config.tune.method).late_blocks(config.tune.late)
+    late = find_method(config.tune.method).late_blocks(method_settings(config.tune)["late"])
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
     name = model or str(cache.identity.backbone["name"])
@@ -160,6 +162,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     wanted = tunings(config, seq2seq=backbone.family.seq2seq)
     asked = [(task, settings) for task in tasks for settings in wanted]
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
+    pruning = Pruning(config, cache, tokenizer, model, bars)
     outcomes: dict[tuple[str, str], Outcome] = {}
     for members in packs(asked, tune.together):
         tuners = [
@@ -173,7 +176,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
             )
             for task, settings in members
         ]
-        results = _one_pass(tuners, bars)
+        results = _one_pass(tuners, pruning, bars)
         for tuner, outcome in zip(tuners, results, strict=True):
             outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
@@ -186,7 +189,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
     return [outcome for outcome in found if isinstance(outcome, TuneResult)]
 
 
-def _one_pass(tuners: Sequence[Tuner], bars: Bars) -> list[Outcome]:
+def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Outcome]:
     """Train what is not finished, having said what and where."""
     done = [tuner.finished() for tuner in tuners]
     for tuner, result in zip(tuners, done, strict=True):
@@ -195,6 +198,9 @@ def _one_pass(tuners: Sequence[Tuner], bars: Bars) -> list[Outcome]:
     left = [tuner for tuner, result in zip(tuners, done, strict=True) if result is None]
     if not left:
         return [result for result in done if result is not None]
+    for tuner in left:
+        if tuner.settings.init in find_method(tuner.settings.method).given:
+            tuner.start_from(pruning.weights(tuner))
     pack, first = Pack(left), left[0]
     for tuner in left:
         say(f"tune: {tuner.task.name}, {tuner.settings.name}")

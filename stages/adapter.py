@@ -16,9 +16,8 @@ from sherl_pipe.cache.errors import CorruptCacheError, UnsafeError, explain
 from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.methods import METHODS, Consolidation
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
-from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -93,7 +92,7 @@ class TunedModel(nn.Module):
         super().__init__()
         self.route = route
         self.model = route.attach(backbone)
-        self._width = backbone.width
+        self._width, self._seq2seq = backbone.width, backbone.family.seq2seq
 
     def forward(
         self,
@@ -113,7 +112,7 @@ class TunedModel(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if isinstance(self.route, SherlSeq2Seq):
+        if self._seq2seq:
             out = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs
             )
@@ -139,7 +138,7 @@ class TunedModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own `generate`, KV cache included. Raises InputError for encoders."""
-        if not isinstance(self.route, SherlSeq2Seq):
+        if not self._seq2seq:
             raise InputError("an encoder with a pooled head does not generate; call the model")
         model: Any = self.model
         return model.generate(*args, **kwargs)
@@ -207,7 +206,7 @@ def load_route(folder: str | Path, backbone: Backbone) -> tuple[AdapterConfig, R
     """An adapter's route on its backbone. Raises StaleCacheError for another backbone."""
     config, weights = read_adapter(folder)
     backbone.require(config.backbone, str(folder))
-    route = METHODS[config.route.method].build(backbone, config.route)
+    route: Route = find_method(config.route.method).build(backbone, config.route)
     load_weights(route, weights, str(folder))
     return config, route
 
@@ -218,17 +217,23 @@ def load_weights(route: nn.Module, weights: Mapping[str, Tensor], source: str) -
     if mine.keys() != weights.keys():
         odd = sorted(mine.keys() ^ weights.keys())
         raise InputError(explain(f"weights in {source}", expected=sorted(mine), found=odd))
+    put_weights(mine, weights, source)
+
+
+def put_weights(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str
+) -> None:
+    """Copy weights into the parameters of the same names. Raises InputError unless all of them
+    fit."""
+    for name, values in weights.items():
+        wanted = tuple(parameters[name].shape) if name in parameters else "no such weight"
+        if wanted != tuple(values.shape):
+            raise InputError(
+                explain(f"{source}: shape of {name}", expected=wanted, found=tuple(values.shape))
+            )
     with torch.no_grad():
-        for name, parameter in mine.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(
-                    explain(
-                        f"{source}: shape of {name}",
-                        expected=tuple(parameter.shape),
-                        found=tuple(weights[name].shape),
-                    )
-                )
-            parameter.copy_(weights[name])
+        for name, values in weights.items():
+            parameters[name].copy_(values)
 
 
 def load_reference(
@@ -236,65 +241,30 @@ def load_reference(
     params: Mapping[str, Tensor],
     *,
     method: str,
-    encoder_side_layers: Sequence[int],
-    decoder_side_layers: Sequence[int],
+    encoder_side_layers: Sequence[int] | None,
+    decoder_side_layers: Sequence[int] | None,
     reduction: int,
 ) -> TunedModel:
     """The live T5 with the papers' side parameters.
 
     Args:
         backbone: a T5, from Hugging Face or as a `Backbone`.
-        params: tensors under the papers' names (SPEC 3.6): `encoder.side_mtsa_block.*`,
-            `encoder.final_side_layer_norm.weight`, and the same for the decoder.
-        method: `sherl`.
-        encoder_side_layers: 0-based blocks whose outputs are consolidated.
-        decoder_side_layers: the same; the last block is dropped from it, being the late one.
+        params: tensors under the papers' names: for `sherl` (SPEC 3.6)
+            `encoder.side_mtsa_block.*`, for `lst` (SPEC 4) `encoder.side_block.*`, ...
+        method: a key of `METHODS`.
+        encoder_side_layers: 0-based blocks whose outputs are read; None for all of them.
+        decoder_side_layers: the same.
         reduction: the backbone's width over the reduced width.
 
     Raises InputError for an unknown method or parameters that do not fit.
     """
     if not isinstance(backbone, Backbone):
         backbone = Backbone(backbone)
-    if method not in METHODS:
-        raise InputError(explain("method", expected=f"one of {sorted(METHODS)}", found=method))
-    depth = len(backbone.blocks("decoder"))
-    encoder = (0, *(layer + 1 for layer in encoder_side_layers))
-    decoder = (0, *(layer + 1 for layer in decoder_side_layers if layer < depth - 1))
-    spec = RouteSpec(
-        method=method,
-        taps={"encoder": encoder, "decoder": decoder},
-        last={"encoder": encoder[-1], "decoder": depth - 1},
-        late=1,
-        reduction=reduction,
-        variant="t5",
-        init="paper",
-        outputs=0,
-        pool="mean",
-    )
-    route = METHODS[method].build(backbone, spec)
-    if not isinstance(route, SherlSeq2Seq):
+    if not backbone.family.seq2seq:
         raise InputError("load_reference takes an encoder-decoder backbone")
+    layers = {"encoder": encoder_side_layers, "decoder": decoder_side_layers}
     try:
-        _load_published(route, params)
+        route = find_method(method).from_reference(backbone, params, layers, reduction)
     except RuntimeError as error:  # how torch says that a name or a shape does not fit
         raise InputError(f"parameters: {' '.join(str(error).split())}") from error
     return TunedModel(backbone, route.to(backbone.device)).eval()
-
-
-def _load_published(route: SherlSeq2Seq, params: Mapping[str, Tensor]) -> None:
-    """Put the papers' side parameters into a route."""
-    used: set[str] = set()
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        found = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
-        used.update(prefix + name for name in found)
-        return found
-
-    route.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
-    route.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
-    norms: Any = {"encoder": route.encoder_norm, "decoder": route.decoder_norm}
-    for stream, norm in norms.items():
-        norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
-    if used != set(params):
-        left = sorted(set(params) - used)
-        raise InputError(explain("parameters", expected="the published names", found=left))

@@ -42,6 +42,7 @@ class Backbone:
         family: its entry in `FAMILIES`.
         name: as it was asked for.
         revision: the hub's commit, None for a local folder.
+        home: of a backbone that may have none of its weights, the device that they belong on.
         words: what is there of the output head where only some of its rows are (see `load_part`).
     """
 
@@ -50,6 +51,7 @@ class Backbone:
     def __init__(self, model: Any, name: str = "model", revision: str | None = None) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)
         self.name, self.revision = name, revision
+        self.home: torch.device | None = None
         self.config: Any = model.config
         self.family = family_of(self.config)
         if self.family.seq2seq:
@@ -71,10 +73,10 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are; `meta` if it has none."""
+        """Where its weights are, or would be; `meta` if neither is known."""
         places = (parameter.device for parameter in self.model.parameters())
         meta = torch.device("meta")
-        return next((place for place in places if place != meta), meta)
+        return next((place for place in places if place != meta), self.home or meta)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,6 +81,7 @@ def _load(
     with loading_errors(name, "model"):
         model = _skeleton(loader, config, extra)
     backbone = Backbone(model, name, commit)
+    backbone.home = device
     family = backbone.family
     first = {
         stream: len(backbone.blocks(stream)) - late[stream]

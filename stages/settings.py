@@ -13,17 +13,18 @@ HEADS = ("random", "probe")
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """One tuning's settings; defaults follow the published runs where they fit a cache.
+    """One tuning's settings; defaults follow SHERL's published runs where they fit a cache. Other
+    methods have their own `reduction`, `late` and `init` (`Method.usual`).
 
     Attributes:
         method: a key of `METHODS`.
         reduction: the backbone's width over the reduced width.
-        late: frozen blocks behind the consolidation.
+        late: frozen blocks behind what is trained; 0 for a method that has none.
         lr: peak learning rate of AdamW.
         epochs, batch_size, seed: as usual.
         warmup: share of the steps with a rising rate, at most 500 steps.
         weight_decay, clip: of AdamW; largest gradient norm.
-        init: of the consolidation, `residual` or `paper`.
+        init: what training starts from, one of `Method.inits`.
         pool: of an encoder's head, `mean` or `first`.
         head: what an encoder's head starts from, `random` or `probe`, a linear model fitted to what
             it reads of the training rows at the start.

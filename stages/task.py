@@ -103,7 +103,7 @@ class Task:
         Raises InputError for settings that do not fit the backbone or the cache.
         """
         method, backbone = find_method(settings.method), self.backbone
-        for name, known in (("precision", PRECISIONS), ("head", HEADS)):
+        for name, known in (("precision", PRECISIONS), ("head", HEADS), ("init", method.inits)):
             found = getattr(settings, name)
             if found not in known:
                 raise InputError(explain(name, expected=f"one of {known}", found=found))
@@ -119,8 +119,7 @@ class Task:
             last,
             settings.late,
             settings.reduction,
-            # The papers' own for text-to-text, and for a joint encoder with an answer head.
-            "t5" if backbone.family.seq2seq else "clipvil",
+            method.variant(backbone.family),
             settings.init,
             self.outputs,
             settings.pool,

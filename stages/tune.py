@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sherl_pipe.cache import NonFiniteError
+from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
-from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, save_adapter
+from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, put_weights, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, trainable
-from sherl_pipe.stages.methods.guided import GATE_SCALE
+from sherl_pipe.stages.optimizer import make_optimizer
 from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
@@ -62,6 +62,7 @@ class Tuner:
             self.route: Route = method.build(backbone, self.spec)
         self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
         self.parameters = trainable(self.route)
+        self._ready = settings.init not in method.given
 
     def readings(self, *, train: bool) -> dict[str, Reading]:
         """What is read of the cache for training, or for evaluation."""
@@ -103,6 +104,17 @@ class Tuner:
         body = json.loads(path.read_text())
         return TuneResult(**body["result"]) if body.get("key") == self.key else None
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights of the live backbone's into the route, for an init of `Method.given`.
+
+        Args:
+            weights: by names of `parameters`; the others stay as they are.
+
+        Raises InputError for weights of another route.
+        """
+        put_weights(self.parameters, weights, f"what {self.settings.name} starts from")
+        self._ready = True
+
     def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
         batches = source.read(source.in_order(batch_size))
@@ -128,7 +140,7 @@ class Tuner:
         scoring, route = self.scoring, self.route
         with self.autocast():
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
-            (hidden,) = route.hidden([route], [route.fuse(streams)], [streams], tree)
+            (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
 
@@ -154,22 +166,11 @@ class Tuner:
         return torch.autocast(kind, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimizer of the parameters that are tuned; a group's rate is `lr` x `share`.
-
-        A gate is divided by GATE_SCALE before it acts. Adam moves every parameter by about the
-        rate, whatever its gradient, so an open gate that learned at the full rate would be closed
-        within a few dozen steps, and with it the way of the frozen state. The published start has
-        its gate closed and trains it at the full rate.
-        """
-        settings = self.settings
-        rates: dict[float, list[nn.Parameter]] = {1.0: [], GATE_SCALE: []}
-        for name, parameter in self.parameters.items():
-            slow = settings.init == "residual" and name.rpartition(".")[2] == "gate"
-            rates[GATE_SCALE if slow else 1.0].append(parameter)
-        groups = [{"params": members, "share": share} for share, members in rates.items()]
-        return torch.optim.AdamW(
-            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        """A fresh optimizer; see `make_optimizer`. Raises InputError before `start_from`, where
+        the init wants it."""
+        if not self._ready:
+            raise InputError(f"init {self.settings.init}: give its weights to `start_from` first")
+        return make_optimizer(self.parameters, self.settings)
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
         """Take step `step` of `total` on a training batch.

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 QUIET = Bars(None)
+LST = {"method": "lst", "late": 0, "init": "random"}
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
@@ -76,10 +77,14 @@ def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("late", "loss"), [(1, "words"), (2, "words"), (1, "vocabulary")])
-def test_evaluation_equals_live(tmp_path: Path, family: str, late: int, loss: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{"late": 1}, {"late": 2}, {"loss": "vocabulary"}, LST, LST | {"loss": "vocabulary"}],
+    ids=str,
+)
+def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family, taps="all")
-    tuner = make_tuner(setting, tmp_path, late=late, loss=loss)
+    tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "colour", "validation")
@@ -93,9 +98,10 @@ def test_evaluation_equals_live(tmp_path: Path, family: str, late: int, loss: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_live(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("how", [{}, LST], ids=str)
+def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family)
-    tuner = make_tuner(setting, tmp_path, loss="vocabulary")
+    tuner = make_tuner(setting, tmp_path, loss="vocabulary", **how)
     task = setting["task"]
     tuner.route.eval()
     order = np.arange(len(task.train.ids))
@@ -123,9 +129,12 @@ def test_gradients_equal_live(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("family", ["t5", "bert"])
-def test_lossy_codecs_stay_close(tmp_path: Path, family: str, codec: str, bound: float) -> None:
+@pytest.mark.parametrize("how", [{}, LST], ids=str)
+def test_lossy_codecs_stay_close(
+    tmp_path: Path, family: str, codec: str, bound: float, how: dict[str, Any]
+) -> None:
     setting = prepare(tmp_path, family, codec=codec)
-    tuner = make_tuner(setting, tmp_path)
+    tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     inputs = live_inputs(setting, "colour", "validation")

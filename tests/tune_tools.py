@@ -76,8 +76,8 @@ class World:
         return tuner
 
 
-def make_world(folder: Path, family: str) -> World:
-    """Four tasks on a random backbone; `alone` has no validation split."""
+def make_world(folder: Path, family: str, method: str = "sherl") -> World:
+    """Four tasks on a random backbone, loaded for a method; `alone` has no validation split."""
     texts = sentences(TRAIN + HELD_OUT)
     for task in ("colour", "size", "alone"):
         rows = [{"sentence": text, "label": labels_of(task, text)} for text in texts]
@@ -97,6 +97,7 @@ def make_world(folder: Path, family: str) -> World:
             "cache": folder / "cache",
             "data": {"source": str(folder / "data")},
             "extract": {"codec": "float32", "template": "neutral"},
+            "tune": {"method": method},
         },
         "test",
     )

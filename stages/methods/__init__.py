@@ -5,15 +5,17 @@ A method is a class with the interface of `Method`; adding one is one file and o
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.methods.base import Method
 from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.lst import Lst
 from sherl_pipe.stages.methods.sherl import Sherl
 
-METHODS = {"sherl": Sherl}
+METHODS: dict[str, type[Method]] = {"sherl": Sherl, "lst": Lst}
 
-__all__ = ["METHODS", "Consolidation", "Sherl", "find_method"]
+__all__ = ["METHODS", "Consolidation", "Lst", "Sherl", "find_method"]
 
 
-def find_method(name: str) -> type[Sherl]:
+def find_method(name: str) -> type[Method]:
     """The method of a name. Raises InputError listing the known ones."""
     if name not in METHODS:
         raise InputError(explain("method", expected=f"one of {sorted(METHODS)}", found=name))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
+from torch.nn import functional
 
 POOLS = ("mean", "first")
 
@@ -23,12 +26,12 @@ class RouteSpec:
 
     Attributes:
         method: a key of `METHODS`.
-        taps: per stream, the taps that are consolidated.
-        last: per stream, the tap that is the last feature.
-        late: frozen blocks that run behind the consolidation.
+        taps: per stream, the taps that are read.
+        last: per stream, the tap that is the last feature; empty for a method that has none.
+        late: frozen blocks that run behind what is trained; 0 for a method without a late route.
         reduction: the backbone's width over the reduced width.
-        variant: of the consolidation.
-        init: `paper` or `residual`.
+        variant: of the method; None where there is only one.
+        init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
         pool: `mean` over the tokens or the `first` token; encoders only.
     """
@@ -38,7 +41,7 @@ class RouteSpec:
     last: Mapping[str, int]
     late: int
     reduction: int
-    variant: str
+    variant: str | None
     init: str
     outputs: int
     pool: str
@@ -61,19 +64,25 @@ class Route(nn.Module):
 
     Attributes:
         spec: its structure.
-        late: the frozen blocks. Their dropout stays off: features are those of eval mode too.
+        late: the frozen blocks, None for a method that has none. Their dropout stays off: features
+            are those of eval mode too.
     """
 
     spec: RouteSpec
-    late: nn.Module
+    late: nn.Module | None
 
     @abstractmethod
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream."""
 
     @abstractmethod
-    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor, ...]:
-        """What is trained in front of the late blocks, on cached features by stream."""
+    def fuse(
+        self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
+    ) -> tuple[Tensor, ...]:
+        """What is trained in front of the late blocks, on cached features by stream.
+
+        All that a route draws at random in training is drawn here. `tree` is as for `hidden`.
+        """
 
     @staticmethod
     @abstractmethod
@@ -104,8 +113,79 @@ class Route(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.late.eval()
+        if self.late is not None:
+            self.late.eval()
         return self
+
+
+class Method(ABC):
+    """A tuning method: which taps it reads, and how its route is built.
+
+    Attributes:
+        usual: defaults of the settings that mean something of their own to each method:
+            `reduction`, `late` and `init`.
+        inits: what its trained weights can start from.
+        given: those of them that `Tuner.start_from` has to be given weights for.
+    """
+
+    usual: ClassVar[Mapping[str, Any]]
+    inits: ClassVar[tuple[str, ...]]
+    given: ClassVar[frozenset[str]] = frozenset()
+
+    @staticmethod
+    @abstractmethod
+    def late_blocks(late: int) -> dict[str, int]:
+        """How many of a stream's last blocks its route runs; none of one that is not named."""
+
+    @staticmethod
+    @abstractmethod
+    def choose_taps(
+        backbone: Backbone, late: int, cached: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+        """`RouteSpec.taps` and `RouteSpec.last`, of the taps that a cache holds.
+
+        Raises InputError where the cache lacks what the method cannot do without.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def variant(family: Family) -> str | None:
+        """`RouteSpec.variant` on a family's backbones."""
+
+    @staticmethod
+    @abstractmethod
+    def build(backbone: Backbone, spec: RouteSpec) -> Any:
+        """A fresh `Route`; only its own parameters require gradients.
+
+        Raises InputError for a structure that the backbone does not allow.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def from_reference(
+        backbone: Backbone,
+        params: Mapping[str, Tensor],
+        layers: Mapping[str, Sequence[int] | None],
+        reduction: int,
+    ) -> Any:
+        """A `Route` on T5 with the papers' parameters.
+
+        Args:
+            params: tensors by the papers' names.
+            layers: by stream, the 0-based blocks with side layers; None for all of them.
+            reduction: the backbone's width over the reduced width.
+
+        Raises InputError or RuntimeError for parameters that do not fit.
+        """
+
+
+def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tensor:
+    """`[..., V]` of `[..., d]` by a language model's head; V is the vocabulary, or `tokens` of
+    it."""
+    if tokens is None:
+        whole: Tensor = head(hidden)
+        return whole
+    return functional.linear(hidden, *head_rows(head, tokens))
 
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:

@@ -8,15 +8,15 @@ through the frozen late blocks together: these are the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.families import blocks_of
+from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, joined, pooled
-from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.base import Method, Route, RouteSpec, joined, pooled
+from sherl_pipe.stages.methods.consolidation import INITIALISATIONS, Consolidation
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
 from sherl_pipe.stages.taps import paper_taps
@@ -32,12 +32,14 @@ class SherlEncoder(Route):
         spec: `spec.taps["hidden"]` ends with the tap that enters the first late block.
     """
 
+    late: nn.Module
+
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
         super().__init__()
         self.spec = spec
         width, taps = backbone.width, spec.taps["hidden"]
         self.consolidation = Consolidation(
-            width, width // spec.reduction, len(taps), spec.variant, spec.init
+            width, width // spec.reduction, len(taps), spec.variant or "", spec.init
         )
         self.late = late_encoder(backbone, spec.late)
         self.head = nn.Linear(width, spec.outputs)
@@ -52,7 +54,7 @@ class SherlEncoder(Route):
         (states,) = self.hidden([self], [self.fuse(streams)], [streams])
         return self.logits(states)
 
-    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor]:
+    def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Consolidated states `[n, d]`."""
         packed = streams["hidden"]
         return (self.consolidation(packed.states, packed.tap(-1), packed.group),)
@@ -97,15 +99,21 @@ class SherlEncoder(Route):
         return model
 
 
-class Sherl:
-    """The method `sherl`: which taps it reads and how its route is built."""
+class Sherl(Method):
+    """The method `sherl`."""
 
-    name = "sherl"
+    usual: ClassVar[Mapping[str, Any]] = {"reduction": 4, "late": 1, "init": "residual"}
+    inits = INITIALISATIONS
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
-        """How many of a stream's last blocks its route runs; none of one that is not named."""
+        """As many of the stream that ends in the head."""
         return {"hidden": late, "decoder": late}
+
+    @staticmethod
+    def variant(family: Family) -> str:
+        """The papers' own for text-to-text, and for a joint encoder with an answer head."""
+        return "t5" if family.seq2seq else "clipvil"
 
     @staticmethod
     def choose_taps(
@@ -147,3 +155,14 @@ class Sherl:
         """A fresh route; only its own parameters require gradients."""
         kind = SherlSeq2Seq if backbone.family.seq2seq else SherlEncoder
         return kind(backbone, spec).to(backbone.device)
+
+    @staticmethod
+    def from_reference(
+        backbone: Backbone,
+        params: Mapping[str, Tensor],
+        layers: Mapping[str, Sequence[int] | None],
+        reduction: int,
+    ) -> SherlSeq2Seq:
+        """A route with the papers' parameters (SPEC 3.6). The last decoder block is dropped from
+        the side layers, being the late one."""
+        return SherlSeq2Seq.from_reference(backbone, params, layers, reduction)

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from sherl_pipe.cache import InputError
+from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, joined
+from sherl_pipe.stages.methods.base import Route, RouteSpec, joined, word_logits
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
-from sherl_pipe.stages.words import PrefixTree, head_rows
+from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class SherlSeq2Seq(Route):
@@ -25,6 +26,8 @@ class SherlSeq2Seq(Route):
             `spec.last["decoder"]` is the tap that enters the first late block, listed or not.
     """
 
+    late: nn.Module
+
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -33,7 +36,9 @@ class SherlSeq2Seq(Route):
 
         def consolidation(stream: str) -> Consolidation:
             count = len(spec.taps[stream])
-            return Consolidation(width, width // spec.reduction, count, spec.variant, spec.init)
+            return Consolidation(
+                width, width // spec.reduction, count, spec.variant or "", spec.init
+            )
 
         def side_norm(norm: Any) -> Any:
             side = type(norm)(width, norm.variance_epsilon)
@@ -63,7 +68,9 @@ class SherlSeq2Seq(Route):
         (states,) = self.hidden([self], [self.fuse(streams)], [streams])
         return self.logits(states)
 
-    def fuse(self, streams: Mapping[str, Packed]) -> tuple[Tensor, Tensor]:
+    def fuse(
+        self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Memory `[n, d]` and consolidated decoder states `[m, d]`."""
         memory = self.encoder_norm(self._consolidate("encoder", streams["encoder"]))
         return memory, self._consolidate("decoder", streams["decoder"])
@@ -106,10 +113,7 @@ class SherlSeq2Seq(Route):
 
     def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        if tokens is None:
-            whole: Tensor = self.lm_head(hidden)
-            return whole
-        return functional.linear(hidden, *head_rows(self.lm_head, tokens))
+        return word_logits(self.lm_head, hidden, tokens)
 
     def _consolidate(self, stream: str, packed: Packed) -> Tensor:
         count = len(self.spec.taps[stream])
@@ -163,3 +167,54 @@ class SherlSeq2Seq(Route):
         model.decoder.final_layer_norm = self.decoder_norm
         live: nn.Module = model
         return live
+
+    @classmethod
+    def from_reference(
+        cls,
+        backbone: Backbone,
+        params: Mapping[str, Tensor],
+        layers: Mapping[str, Sequence[int] | None],
+        reduction: int,
+    ) -> SherlSeq2Seq:
+        """A route with the published parameters (SPEC 3.6); arguments and errors as for
+        `Method.from_reference`."""
+        depth = {stream: len(backbone.blocks(stream)) for stream in ("encoder", "decoder")}
+
+        def outputs(stream: str, end: int) -> tuple[int, ...]:
+            listed = layers[stream]
+            chosen = range(depth[stream]) if listed is None else listed
+            return (0, *(layer + 1 for layer in chosen if layer < end))
+
+        encoder = outputs("encoder", depth["encoder"])
+        decoder = outputs("decoder", depth["decoder"] - 1)
+        spec = RouteSpec(
+            method="sherl",
+            taps={"encoder": encoder, "decoder": decoder},
+            last={"encoder": encoder[-1], "decoder": depth["decoder"] - 1},
+            late=1,
+            reduction=reduction,
+            variant="t5",
+            init="paper",
+            outputs=0,
+            pool="mean",
+        )
+        route = cls(backbone, spec)
+        route._load_published(params)
+        return route
+
+    def _load_published(self, params: Mapping[str, Tensor]) -> None:
+        used: set[str] = set()
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            found = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+            used.update(prefix + name for name in found)
+            return found
+
+        self.encoder = Consolidation.from_reference(below("encoder.side_mtsa_block."), "t5")
+        self.decoder = Consolidation.from_reference(below("decoder.side_mtsa_block."), "t5")
+        norms: Any = {"encoder": self.encoder_norm, "decoder": self.decoder_norm}
+        for stream, norm in norms.items():
+            norm.load_state_dict(below(f"{stream}.final_side_layer_norm."))
+        if used != set(params):
+            left = sorted(set(params) - used)
+            raise InputError(explain("parameters", expected="the published names", found=left))

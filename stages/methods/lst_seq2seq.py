@@ -1,0 +1,194 @@
+"""Ladder side-tuning on T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
+from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder
+from sherl_pipe.stages.methods.published import Names, Published, pair
+from sherl_pipe.stages.surgery import TapRecorder, share
+from sherl_pipe.stages.words import PrefixTree
+from torch import Tensor, nn
+
+STREAMS = ("encoder", "decoder")
+
+
+class LstSeq2Seq(Route, Published):
+    """LST on T5 (SPEC 4): a ladder beside each stack, the decoder's attending to the encoder's.
+
+    Args:
+        backbone: the frozen T5.
+        spec: `spec.taps["encoder"]` and `["decoder"]` are tap 0 and the outputs of the blocks that
+            have a side block beside them.
+    """
+
+    def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
+        super().__init__()
+        self.spec, self.late = spec, None
+        model: Any = backbone.model
+
+        def ladder(stream: str) -> Ladder:
+            stack = model.get_submodule(stream)
+            return t5_ladder(stack, layers_of(spec, stream), spec.reduction)
+
+        self.encoder, self.decoder = ladder("encoder"), ladder("decoder")
+        self.upsample = projection(self.decoder.first.out_features, backbone.width)
+        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
+        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
+
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream."""
+        return {stream: self.spec.taps[stream] for stream in STREAMS}
+
+    def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
+        """States `[B, P, d]` for the head, P being the nodes of a tree if there is one."""
+        encoder, decoder = streams["encoder"], streams["decoder"]
+        inside = encoder.mask().long()
+        memory = self.encoder(self.encoder.reduce(encoder), attention_mask=inside)
+        reduced, mask = self.decoder.reduce(decoder), None
+        if tree is not None:
+            # Nodes that several paths share stand in each of them.
+            reduced = [each[:, tree.flat_nodes] for each in reduced]
+            mask = tree.flat_mask(reduced[0].dtype).to(reduced[0].device)
+        out = self.decoder(
+            reduced,
+            attention_mask=mask,
+            encoder_hidden_states=memory,
+            encoder_attention_mask=inside,
+            use_cache=False,
+        )
+        if tree is not None:
+            out = out[:, tree.first_places().to(out.device)]
+        return (self.upsample(out) * self.scale,)
+
+    @staticmethod
+    def hidden(
+        routes: Sequence[LstSeq2Seq],
+        fused: Sequence[tuple[Tensor, ...]],
+        batches: Sequence[Mapping[str, Packed]],
+        tree: PrefixTree | None = None,
+    ) -> list[Tensor]:
+        """What `fuse` gave: no frozen block runs."""
+        return [states for (states,) in fused]
+
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
+        return word_logits(self.lm_head, hidden, tokens)
+
+    def attach(self, backbone: Backbone) -> nn.Module:
+        """The live T5 with both ladders beside it; its weights are shared.
+
+        The encoder hands on the frozen and the side memory side by side, `[B, S, d + h]`, so that
+        whatever `generate` does to encoder outputs (beams, batches) happens to both. Keys and
+        values of the side blocks are in the model's own KV cache, behind those of its blocks.
+        """
+        model: Any = share(backbone.model)
+        width, taps = backbone.width, self.reads()
+        encoder_states = TapRecorder(model.encoder.block, taps["encoder"])
+        decoder_states = TapRecorder(model.decoder.block, taps["decoder"])
+        depth, rungs = len(model.decoder.block), len(self.decoder.layers)
+
+        def both_memories(
+            _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            reduced = self.encoder.reduce_live(encoder_states.stacked(taps["encoder"]))
+            side = self.encoder(reduced, attention_mask=kwargs.get("attention_mask"))
+            output.last_hidden_state = torch.cat([output.last_hidden_state, side], dim=-1)
+            return output
+
+        def frozen_half(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state, attention, bias, memory, *rest = args
+            # Torch takes both parts for trained because one is; backpropagation would run through
+            # all the frozen blocks for nothing.
+            return (state, attention, bias, memory[..., :width].detach(), *rest), kwargs
+
+        def climb(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            cache = output.past_key_values
+            out = self.decoder(
+                self.decoder.reduce_live(decoder_states.stacked(taps["decoder"])),
+                attention_mask=kwargs.get("attention_mask"),
+                encoder_hidden_states=kwargs["encoder_hidden_states"][..., width:],
+                encoder_attention_mask=kwargs.get("encoder_attention_mask"),
+                past_key_values=None if cache is None else _side_cache(cache, depth, rungs),
+                use_cache=cache is not None,
+            )
+            output.last_hidden_state = self.upsample(out)
+            return output
+
+        model.encoder.register_forward_hook(both_memories, with_kwargs=True)
+        for block in model.decoder.block:
+            block.register_forward_pre_hook(frozen_half, with_kwargs=True)
+        model.decoder.register_forward_hook(climb, with_kwargs=True)
+        live: nn.Module = model
+        return live
+
+    def published(self) -> Names:
+        """By published name (SPEC 4), where a tensor is kept."""
+        named = pair("side_final_upsample", self.upsample)
+        for stream, ladder in (("encoder", self.encoder), ("decoder", self.decoder)):
+            named |= {f"{stream}.{name}": kept for name, kept in ladder.published().items()}
+        return named
+
+    @classmethod
+    def from_reference(
+        cls,
+        backbone: Backbone,
+        params: Mapping[str, Tensor],
+        layers: Mapping[str, Sequence[int] | None],
+        reduction: int,
+    ) -> LstSeq2Seq:
+        """A route with the published parameters (SPEC 4); arguments as for
+        `Method.from_reference`. Gates of blocks without a side block, which the papers' programs
+        keep and do not use, are left out.
+
+        Raises InputError for names or shapes that do not fit.
+        """
+        taps = {}
+        for stream in STREAMS:
+            listed = layers[stream]
+            chosen = range(len(backbone.blocks(stream))) if listed is None else sorted(listed)
+            taps[stream] = (0, *(layer + 1 for layer in chosen))
+        spec = RouteSpec(
+            method="lst",
+            taps=taps,
+            last={},
+            late=0,
+            reduction=reduction,
+            variant=None,
+            init="random",
+            outputs=0,
+            pool="mean",
+        )
+        route = cls(backbone, spec)
+        mine = route.published()
+        route.load_published(
+            {
+                name: values
+                for name, values in params.items()
+                if name in mine or not name.partition(".")[2].startswith("side_gate_params.")
+            }
+        )
+        return route
+
+
+def _side_cache(cache: Any, depth: int, rungs: int) -> Any:
+    """The side blocks' part of a KV cache, as a cache of its own.
+
+    Its layers are the very layers that follow the first `depth` of the whole cache, so what
+    happens to that between two steps (another order of beams) happens to them.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicLayer
+
+    parts = []
+    for half in (cache.self_attention_cache, cache.cross_attention_cache):
+        half.layers.extend(DynamicLayer() for _ in range(depth + rungs - len(half.layers)))
+        part = DynamicCache()
+        part.layers = half.layers[depth : depth + rungs]
+        parts.append(part)
+    return EncoderDecoderCache(*parts)
