@@ -63,12 +63,8 @@ def _tuned(
 ) -> RunResult:
     if lr is None:
         raise ValueError("this method needs a learning rate")
-    # Costs are measured on the rows of the final runs, so they share the features.
-    phase = "final" if task.phase == "cost" else task.phase
-    folder = WORK / f"{phase}-{len(task.train)}"
-    cache = folder / f"cache-{codec}" / task.name
     started = time.perf_counter()
-    _extract(task, folder, cache, codec)
+    cache = extracted(task, codec)
     extraction = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as out:
         options = {
@@ -98,8 +94,12 @@ def _tuned(
     )
 
 
-def _extract(task: TaskData, folder: Path, cache: Path, codec: str) -> None:
-    """The task's rows as files, and their features; does nothing the second time."""
+def extracted(task: TaskData, codec: str) -> Path:
+    """The cache of a task's rows; made the first time."""
+    # Costs are measured on the rows of the final runs, so they share the features.
+    phase = "final" if task.phase == "cost" else task.phase
+    folder = WORK / f"{phase}-{len(task.train)}"
+    cache = folder / f"cache-{codec}" / task.name
     for role, rows in (("train", task.train_rows), ("validation", task.evaluation_rows)):
         file = folder / "data" / task.name / f"{role}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,7 @@ def _extract(task: TaskData, folder: Path, cache: Path, codec: str) -> None:
         "--codec": codec,
     }
     sherl_pipe(["extract", *(str(part) for pair in options.items() for part in pair)])
+    return cache
 
 
 def sherl_pipe(arguments: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ class TuneConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first"] = "mean"
-    head: Literal["random", "probe"] = "random"
+    head: Literal["random", "probe"] | None = None
     loss: Literal["words", "vocabulary"] = "words"
     precision: Literal["float32", "bf16"] = "float32"
     together: Positive = 8

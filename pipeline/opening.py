@@ -11,7 +11,15 @@ from typing import Any
 
 import psutil
 import torch
-from sherl_pipe.cache import CODECS, FeatureCache, Identity, InputError, LabelTable, TaskSpec
+from sherl_pipe.cache import (
+    CODECS,
+    FeatureCache,
+    Identity,
+    InputError,
+    LabelTable,
+    StreamSpec,
+    TaskSpec,
+)
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
 from sherl_pipe.cache.schema import check_name
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
@@ -192,30 +200,43 @@ def held_examples(path: Path) -> dict[bytes, str]:
     return {identity: split for identity, (split, _) in places.items()}
 
 
-def method_settings(tune: TuneConfig) -> dict[str, Any]:
-    """The settings that every method has its own defaults of: `reduction`, `late`, `init`.
+def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict[str, Any]:
+    """The settings that methods have defaults of: `reduction`, `late`, `init` and `head`.
+
+    Args:
+        tune: None there leaves a setting to the method.
+        streams: of the cache.
 
     Raises InputError for an unknown method.
     """
-    usual = find_method(tune.method).usual
+    method = find_method(tune.method)
+    usual = {"head": TuneSettings.head, **method.usual}
+    if "hidden" in streams:
+        usual |= method.on_encoders
+        # A small backbone keeps a block in front of the late ones.
+        usual["late"] = min(usual["late"], max(method.usual["late"], streams["hidden"].blocks - 1))
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
 
-def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
-    """The settings of every tuning of a task: learning rates times seeds."""
+def tunings(config: RunConfig, streams: Mapping[str, StreamSpec]) -> Sequence[TuneSettings]:
+    """The settings of every tuning of a task: learning rates times seeds.
+
+    Args:
+        config: of the run.
+        streams: of the cache.
+    """
     tune = config.tune
-    rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
+    rates = tune.lr or (DEFAULT_LR["encoder" if "hidden" in streams else "seq2seq"],)
     base = TuneSettings(
         method=tune.method,
-        **method_settings(tune),
+        **method_settings(tune, streams),
         epochs=tune.epochs,
         batch_size=tune.batch_size,
         warmup=tune.warmup,
         weight_decay=tune.weight_decay,
         clip=tune.clip,
         pool=tune.pool,
-        head=tune.head,
         loss=tune.loss,
         precision=tune.precision,
     )

@@ -37,7 +37,9 @@ REDUCTION = click.option(
     help="Width over reduced width.  [default: 4 for sherl, 8 for lst]",
 )
 LATE = click.option(
-    "--late", type=click.IntRange(0), help="Late blocks.  [default: 1 for sherl; lst has none]"
+    "--late",
+    type=click.IntRange(0),
+    help="Late blocks.  [default: of sherl 1 on T5, 2 on encoders; lst has none]",
 )
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
@@ -131,8 +133,8 @@ TUNE = [
     click.option(
         "--head",
         type=click.Choice(["random", "probe"]),
-        default="random",
-        help="What an encoder's head starts from; probe fits a linear model first.",
+        help="What an encoder's head starts from; probe fits a linear model first.  "
+        "[default: probe for sherl, random for lst]",
     ),
     click.option(
         "--loss",

@@ -13,8 +13,8 @@ HEADS = ("random", "probe")
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """One tuning's settings; defaults follow SHERL's published runs where they fit a cache. Other
-    methods have their own `reduction`, `late` and `init` (`Method.usual`).
+    """One tuning's settings; defaults follow SHERL's published runs on T5 where they fit a cache.
+    Methods have their own `reduction`, `late`, `init` and `head` (`Method.usual`).
 
     Attributes:
         method: a key of `METHODS`.
@@ -52,13 +52,14 @@ class TuneSettings:
     def name(self) -> str:
         """What the tuning's folder is called; other settings have another name."""
         rest = asdict(self)
-        shown = ("method", "reduction", "late", "init", "lr", "epochs", "batch_size", "seed")
+        shown = "method", "reduction", "late", "init", "head", "lr", "epochs", "batch_size", "seed"
         named = {each: rest.pop(each) for each in shown}
+        named["head"] = "" if self.head == TuneSettings.head else f"-{self.head}"
         usual = {each.name: each.default for each in fields(self)}
         # What is seldom changed is in the name as a hash, and only when it is changed.
         odd = f"-{hash_json(rest)[:6]}" if any(usual[each] != rest[each] for each in rest) else ""
         return (
-            "{method}-r{reduction}-late{late}-{init}-lr{lr:g}-e{epochs}-b{batch_size}-seed{seed}"
+            "{method}-r{reduction}-late{late}-{init}{head}-lr{lr:g}-e{epochs}-b{batch_size}-seed{seed}"
         ).format(**named) + odd
 
 

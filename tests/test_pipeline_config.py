@@ -12,7 +12,7 @@ import torch
 import yaml
 from cli_tools import done
 from pydantic import ValidationError
-from sherl_pipe.cache import InputError
+from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.pipeline import cli
 from sherl_pipe.pipeline.config import (
     DataConfig,
@@ -212,11 +212,27 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
     config = make_config({"tune": {"lr": [0.1, 0.2], "seed": [0, 1, 2]}}, "test")
-    settings = tunings(config, seq2seq=False)
+    settings = tunings(config, {"hidden": StreamSpec((0, 1, 2), 3, 8)})
     assert [(each.lr, each.seed) for each in settings] == [
         (lr, seed) for lr in (0.1, 0.2) for seed in (0, 1, 2)
     ]
     assert len({each.name for each in settings}) == 6
+
+
+def test_defaults_follow_the_method_and_the_backbone() -> None:
+    def usual(method: str, streams: dict[str, StreamSpec]) -> tuple[int, str, float]:
+        (found,) = tunings(make_config({"tune": {"method": method}}, "test"), streams)
+        return found.late, found.head, found.lr
+
+    blocks = StreamSpec((0, 1, 2), 3, 8)
+    t5 = {"encoder": blocks, "decoder": blocks}
+    assert usual("sherl", t5) == (1, "random", 3e-3)
+    assert usual("sherl", {"hidden": blocks}) == (2, "probe", 6e-3)
+    assert usual("sherl", {"hidden": StreamSpec((0, 1), 2, 8)}) == (1, "probe", 6e-3)
+    assert usual("lst", {"hidden": blocks})[:2] == (0, "random")
+    config = make_config({"tune": {"late": 1, "head": "random"}}, "test")
+    (asked,) = tunings(config, {"hidden": blocks})
+    assert (asked.late, asked.head) == (1, "random")
 
 
 def test_any_other_setting_is_another_folder() -> None:

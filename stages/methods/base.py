@@ -124,11 +124,13 @@ class Method(ABC):
     Attributes:
         usual: defaults of the settings that mean something of their own to each method:
             `reduction`, `late` and `init`.
+        on_encoders: what is otherwise where a pooled head is trained: of these, or `head`.
         inits: what its trained weights can start from.
         given: those of them that `Tuner.start_from` has to be given weights for.
     """
 
     usual: ClassVar[Mapping[str, Any]]
+    on_encoders: ClassVar[Mapping[str, Any]] = {}
     inits: ClassVar[tuple[str, ...]]
     given: ClassVar[frozenset[str]] = frozenset()
 
