@@ -16,7 +16,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from cached import sherl, sherl_float32, sherl_int4, sherl_late1, sherl_paper
+from cached import (
+    sherl,
+    sherl_float32,
+    sherl_int4,
+    sherl_late1,
+    sherl_late1_paper,
+    sherl_paper,
+)
 from glue_tasks import FloatArray, TaskData, holdout_rows, score
 from training import Meter, PooledClassifier, RunResult, load_encoder, predict, train_and_score
 
@@ -113,11 +120,12 @@ METHODS: dict[str, Method] = {
     "sherl": sherl,
     "sherl_paper": sherl_paper,
     "sherl_late1": sherl_late1,
+    "sherl_late1_paper": sherl_late1_paper,
     "sherl_float32": sherl_float32,
     "sherl_int4": sherl_int4,
 }
 # What is compared at one rate, that of another method.
-RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl"}
+RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl", "sherl_paper": "sherl"}
 
 # Seeds of the search, where they are more than one. Three of SHERL's take less time than one of
 # LoRA's, and its runs with high rates differ much.
@@ -130,8 +138,8 @@ LR_GRIDS: dict[str, tuple[float, ...]] = {
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (2e-5, 5e-5, 1.5e-4, 5e-4),
     "sherl": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
-    "sherl_paper": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "sherl_late1": (1e-3, 3e-3, 6e-3, 1.2e-2),
+    "sherl_late1_paper": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
 }
 
 

@@ -40,6 +40,11 @@ def sherl_late1(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> 
     return _tuned(task, lr, seed, epochs, late=1, head="random")
 
 
+def sherl_late1_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
+    """SHERL as published: one late block, a random head, the published start."""
+    return _tuned(task, lr, seed, epochs, init="paper", late=1, head="random")
+
+
 def sherl_float32(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
     """SHERL from features that are stored without loss."""
     return _tuned(task, lr, seed, epochs, codec="float32")

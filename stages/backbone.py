@@ -214,9 +214,17 @@ class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        from safetensors import SafetensorError
+
+        expected = OSError, ValueError, KeyError, ImportError, SafetensorError
+        if error is None or not isinstance(error, expected):
             return
         text = " ".join(str(error).split())
+        if isinstance(error, SafetensorError):
+            raise InputError(
+                f"cannot load the {self.what} of {self.name!r}: its safetensors file is damaged "
+                f"({text[:200]}). Copy or download it again."
+            ) from error
         if "trust_remote_code" in text or "custom code" in text:
             raise UnsafeError(
                 f"{self.name} needs code from its own repository, which is never run. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -177,7 +178,6 @@ def arrivals(
     windows = list(_windows(needs, shelf.window))
     coming: dict[int, Future[None]] = {}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="features")
-
     try:
         for place, (shards, numbers) in enumerate(windows):
             following = windows[place + 1][0] if place + 1 < len(windows) else {}
@@ -189,7 +189,9 @@ def arrivals(
                 _await([coming.pop(s) for s in needs[number] if s in coming], progress)
                 yield number
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Threads are over when the interpreter ends, and what stops them is taken down by then.
+        if not sys.is_finalizing():
+            pool.shutdown(cancel_futures=True)
 
 
 def _windows(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_tools import FAMILIES, save_model, write_data
 from safetensors.torch import load_file, save_file
-from sherl_pipe.cache import StaleCacheError
+from sherl_pipe.cache import InputError, StaleCacheError
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
@@ -243,6 +243,8 @@ def test_errors_are_those_of_loading_all(tmp_path: Path, spoil: Callable[[Path],
     with pytest.raises(whole.type) as part:
         load_part(folder, LATE)
     assert str(part.value) == str(whole.value)
+    if spoil is _cut_off:
+        assert whole.type is InputError and "is damaged" in str(whole.value)
 
 
 MEASURE = """
