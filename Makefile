@@ -42,6 +42,7 @@ bench: $(VENV)/.bench  ## the tables of docs/ and benchmarks/; takes hours
 	$(BIN)/python benchmarks/minilm_glue.py table
 	$(BIN)/python benchmarks/codecs.py --plot docs/codecs.svg
 	$(BIN)/python benchmarks/t5_base.py run
+	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 

@@ -7,6 +7,7 @@ the median of its steps, the fastest of the rounds::
     python benchmarks/t5_base.py run
     python benchmarks/t5_base.py run --toy        # a small model, in seconds: does it still work?
     python benchmarks/t5_base.py table
+    python benchmarks/t5_base.py profile          # where a cached step spends its time
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import transformers
 
 from cached import sherl_pipe
 from records import Record, markdown, read_records
-from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench
+from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench, cached
 from training import cpu_model
 
 LOG = logging.getLogger("t5_base")
@@ -95,6 +96,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(report(read_records(results)))
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """Print where a step from int8 in host memory spends its time; `run` has to come first."""
+    torch.set_num_threads(arguments.threads)
+    cached(Bench(arguments.toy, arguments.data), "int8", profile=arguments.operations)
+
+
 def report(records: Sequence[Record]) -> str:
     """The tables: a step, and whole tunings computed from it."""
     best: dict[str, Record] = {}
@@ -153,15 +160,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--toy", action="store_true", help="a small model and few rows")
+    shared.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    shared.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("run", help=run.__doc__)
-    command.add_argument("--toy", action="store_true", help="a small model and few rows")
+    command = commands.add_parser("run", parents=[shared], help=run.__doc__)
     command.add_argument("--rounds", type=int, default=1, help="how often the series is run")
-    command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    command.add_argument(
-        "--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue"
-    )
     command.set_defaults(function=run)
+    command = commands.add_parser("profile", parents=[shared], help=profile.__doc__)
+    command.add_argument("--operations", type=int, default=20)
+    command.set_defaults(function=profile)
     command = commands.add_parser("table", help="print the tables of the last run")
     command.set_defaults(function=lambda _: print(report(read_records(RESULTS))))
     arguments = parser.parse_args(argv)

@@ -178,9 +178,15 @@ def live_sherl(bench: Bench) -> Record:
 
 
 def cached(
-    bench: Bench, codec: str, residency: str = "host", loss: str = "words", ready: bool = False
+    bench: Bench,
+    codec: str,
+    residency: str = "host",
+    loss: str = "words",
+    ready: bool = False,
+    profile: int = 0,
 ) -> Record:
-    """SHERL from a cache; with `ready`, every batch is decoded beforehand."""
+    """SHERL from a cache; with `ready`, every batch is decoded beforehand. With `profile`, a table
+    of so many operations that take the most time is printed."""
     from sherl_pipe.cache import FeatureCache
     from sherl_pipe.stages.memory import keep_freed_memory
     from sherl_pipe.stages.methods import METHODS
@@ -213,7 +219,13 @@ def cached(
     def step() -> None:
         tuner.step(next(source), optimizer, 1, 100)
 
-    seconds = timed(len(chosen) - 2, step)
+    if profile:
+        step(), step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            for _ in range(len(chosen) - 2):
+                step()
+        print(found.key_averages().table("self_cpu_time_total", row_limit=profile))
+    seconds = 0.0 if profile else timed(len(chosen) - 2, step)
     meter.stop()
     return {
         "seconds": seconds,
