@@ -11,7 +11,15 @@ from typing import Any
 
 import psutil
 import torch
-from sherl_pipe.cache import CODECS, FeatureCache, Identity, InputError, LabelTable, TaskSpec
+from sherl_pipe.cache import (
+    CODECS,
+    FeatureCache,
+    Identity,
+    InputError,
+    LabelTable,
+    StreamSpec,
+    TaskSpec,
+)
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
 from sherl_pipe.cache.schema import check_name
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
@@ -192,23 +200,29 @@ def held_examples(path: Path) -> dict[bytes, str]:
     return {identity: split for identity, (split, _) in places.items()}
 
 
-def method_settings(tune: TuneConfig) -> dict[str, Any]:
+def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict[str, Any]:
     """The settings that every method has its own defaults of: `reduction`, `late`, `init`.
+
+    Args:
+        streams: what the cache holds, or will hold.
 
     Raises InputError for an unknown method.
     """
-    usual = find_method(tune.method).usual
+    usual = find_method(tune.method).usual_for(streams)
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
 
-def tunings(config: RunConfig, *, seq2seq: bool) -> Sequence[TuneSettings]:
-    """The settings of every tuning of a task: learning rates times seeds."""
+def tunings(
+    config: RunConfig, streams: Mapping[str, StreamSpec], *, seq2seq: bool
+) -> Sequence[TuneSettings]:
+    """The settings of every tuning of a task: learning rates times seeds; `streams` as for
+    `method_settings`."""
     tune = config.tune
     rates = tune.lr or (DEFAULT_LR["seq2seq" if seq2seq else "encoder"],)
     base = TuneSettings(
         method=tune.method,
-        **method_settings(tune),
+        **method_settings(tune, streams),
         epochs=tune.epochs,
         batch_size=tune.batch_size,
         warmup=tune.warmup,

@@ -105,9 +105,10 @@ def open_for_tuning(
 
     Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
-    late = find_method(config.tune.method).late_blocks(method_settings(config.tune)["late"])
+    method = find_method(config.tune.method)
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
+    late = method.late_blocks(method_settings(config.tune, cache.identity.streams)["late"])
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
     device = pick_device(config.device)
@@ -159,7 +160,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, seq2seq=backbone.family.seq2seq)
+    wanted = tunings(config, cache.identity.streams, seq2seq=backbone.family.seq2seq)
     asked = [(task, settings) for task in tasks for settings in wanted]
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
     pruning = Pruning(config, cache, tokenizer, model, bars)
