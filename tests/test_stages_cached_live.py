@@ -31,7 +31,8 @@ LST = {"method": "lst", "late": 0, "init": "random"}
 READOUT = {"reduction": 1, "init": "random"}
 LINEAR, WEIGHTED = (READOUT | {"method": name} for name in ("linear", "weighted"))
 # By method, a setting of it; without `late` it is what a cache makes of it.
-EACH = [{}, LST, LINEAR, WEIGHTED]
+UNIPT = {"method": "unipt", "init": "paper"}
+EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT]
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:

@@ -10,16 +10,18 @@ from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.linear import Linear
 from sherl_pipe.stages.methods.lst import Lst
 from sherl_pipe.stages.methods.sherl import Sherl
+from sherl_pipe.stages.methods.unipt_encoder import Unipt
 from sherl_pipe.stages.methods.weighted import Weighted
 
 METHODS: dict[str, type[Method]] = {
     "sherl": Sherl,
     "lst": Lst,
+    "unipt": Unipt,
     "weighted": Weighted,
     "linear": Linear,
 }
 
-__all__ = ["METHODS", "Consolidation", "Linear", "Lst", "Sherl", "Weighted", "find_method"]
+__all__ = ["METHODS", "Consolidation", "Linear", "Lst", "Sherl", "Unipt", "Weighted", "find_method"]
 
 
 def find_method(name: str) -> type[Method]:
