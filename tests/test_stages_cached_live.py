@@ -32,7 +32,8 @@ READOUT = {"reduction": 1, "init": "random"}
 LINEAR, WEIGHTED = (READOUT | {"method": name} for name in ("linear", "weighted"))
 # By method, a setting of it; without `late` it is what a cache makes of it.
 UNIPT = {"method": "unipt", "init": "paper"}
-EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT]
+DTL = {"method": "dtl", "init": "paper"}
+EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT, DTL]
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
