@@ -178,8 +178,10 @@ def patch_grid(backbone: Backbone) -> tuple[int, int]:
     Raises InputError for a backbone that reads none.
     """
     config = backbone.config
-    sides = [getattr(config, name, None) for name in ("image_size", "patch_size")]
-    if None in sides:
+    sides: dict[str, Any] = {
+        name: getattr(config, name, None) for name in ("image_size", "patch_size")
+    }
+    if None in sides.values():
         raise InputError(
             explain(
                 "method",
@@ -187,5 +189,5 @@ def patch_grid(backbone: Backbone) -> tuple[int, int]:
                 found=f"dtl+ on {config.model_type}",
             )
         )
-    image, patch = ([each] * 2 if isinstance(each, int) else list(each) for each in sides)
+    image, patch = ([each] * 2 if isinstance(each, int) else each for each in sides.values())
     return image[0] // patch[0], image[1] // patch[1]

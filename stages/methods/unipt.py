@@ -204,7 +204,7 @@ def reduce_packed(side: UniPT, packed: Packed) -> Tensor:
     rows = side.reduce(packed.states, packed.group)
     # Padded as one tensor: on a device every `pad` waits to know where rows are.
     padded = packed.pad(rows.transpose(0, 1).flatten(1))
-    return padded.unflatten(-1, (len(rows), -1)).movedim(2, 0)
+    return padded.view(*padded.shape[:2], len(rows), -1).movedim(2, 0)
 
 
 def from_reference(params: Mapping[str, Tensor], variant: str) -> Published:
