@@ -205,16 +205,11 @@ def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict
 
     Args:
         tune: None there leaves a setting to the method.
-        streams: of the cache.
+        streams: what the cache holds, or will hold.
 
     Raises InputError for an unknown method.
     """
-    method = find_method(tune.method)
-    usual = {"head": TuneSettings.head, **method.usual}
-    if "hidden" in streams:
-        usual |= method.on_encoders
-        # A small backbone keeps a block in front of the late ones.
-        usual["late"] = min(usual["late"], max(method.usual["late"], streams["hidden"].blocks - 1))
+    usual = {"head": TuneSettings.head, **find_method(tune.method).usual_for(streams)}
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 

@@ -16,6 +16,7 @@ from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
@@ -27,6 +28,12 @@ from torch.nn import functional as F
 
 QUIET = Bars(None)
 LST = {"method": "lst", "late": 0, "init": "random"}
+READOUT = {"reduction": 1, "init": "random"}
+LINEAR, WEIGHTED = (READOUT | {"method": name} for name in ("linear", "weighted"))
+# By method, a setting of it; without `late` it is what a cache makes of it.
+UNIPT = {"method": "unipt", "init": "paper"}
+DTL = {"method": "dtl", "init": "paper"}
+EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT, DTL]
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
@@ -56,7 +63,10 @@ def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -
 
 def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
     """A tuner whose every parameter is random, so that nothing is gated off."""
-    settings = TuneSettings(**{"reduction": 3, "epochs": 1, "batch_size": 8, **change})
+    method = find_method(change.get("method", "sherl"))
+    usual = method.usual_for(setting["cache"].identity.streams)
+    change = {"reduction": 3, "late": usual["late"], "epochs": 1, "batch_size": 8, **change}
+    settings = TuneSettings(**change)
     tuner = Tuner(setting["task"], settings, tmp_path / "run", budget=1 << 30)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -79,7 +89,7 @@ def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tens
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "how",
-    [{"late": 1}, {"late": 2}, {"loss": "vocabulary"}, LST, LST | {"loss": "vocabulary"}],
+    [{"late": 1}, {"late": 2}, *EACH[1:], *({**how, "loss": "vocabulary"} for how in EACH)],
     ids=str,
 )
 def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
@@ -98,7 +108,7 @@ def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", [{}, LST], ids=str)
+@pytest.mark.parametrize("how", EACH, ids=str)
 def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family)
     tuner = make_tuner(setting, tmp_path, loss="vocabulary", **how)
@@ -129,7 +139,7 @@ def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) 
 
 @pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("family", ["t5", "bert"])
-@pytest.mark.parametrize("how", [{}, LST], ids=str)
+@pytest.mark.parametrize("how", EACH, ids=str)
 def test_lossy_codecs_stay_close(
     tmp_path: Path, family: str, codec: str, bound: float, how: dict[str, Any]
 ) -> None:
