@@ -77,7 +77,7 @@ def live(config: RunConfig) -> dict[str, float]:
         for identity, row in zip(split.ids, split.tokens.inputs, strict=True)
     }
     cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET, whole=True)
-    settings = opening.tunings(config, seq2seq=backbone.family.seq2seq)[0]
+    settings = opening.tunings(config, backbone.family)[0]
     found = {}
     for name in sorted(cache.tasks):
         task = Task(cache, name, backbone, tokenizer)

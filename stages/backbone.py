@@ -198,10 +198,8 @@ def model_class(name: str, revision: str | None) -> tuple[Any, Any, dict[str, An
         config = AutoConfig.from_pretrained(
             resolve_model(name), revision=revision or "main", trust_remote_code=False
         )
-    if family_of(config).seq2seq:
-        return AutoModelForSeq2SeqLM, config, {}
-    # A pooler would be random where the checkpoint has none; no tap depends on it.
-    return AutoModel, config, {"add_pooling_layer": False}
+    family = family_of(config)
+    return AutoModelForSeq2SeqLM if family.seq2seq else AutoModel, config, dict(family.arguments)
 
 
 class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors(...)`

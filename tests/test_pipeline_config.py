@@ -23,6 +23,7 @@ from sherl_pipe.pipeline.config import (
     read_config,
 )
 from sherl_pipe.pipeline.opening import check_folder, parse_bytes, pick_device, tunings
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.settings import TuneSettings
 
 
@@ -212,7 +213,7 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
     config = make_config({"tune": {"lr": [0.1, 0.2], "seed": [0, 1, 2]}}, "test")
-    settings = tunings(config, seq2seq=False)
+    settings = tunings(config, FAMILIES["bert"])
     assert [(each.lr, each.seed) for each in settings] == [
         (lr, seed) for lr in (0.1, 0.2) for seed in (0, 1, 2)
     ]

@@ -16,6 +16,7 @@ from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
@@ -65,7 +66,9 @@ def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
     return tuner
 
 
-def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tensor]:
+def live_inputs(
+    setting: dict[str, Any], task: str, role: str, padding: str = "right"
+) -> dict[str, Tensor]:
     """The texts of a split as one ragged batch, in the data's order."""
     stream = "encoder" if setting["backbone"].family.seq2seq else "hidden"
     notes = setting["cache"].stream(f"{task}/{role}", stream).notes
@@ -73,7 +76,13 @@ def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tens
     (source,) = [s for s in load_sources(str(setting["data"])) if s.role == role]
     tokens = tokenize(setting["tokenizer"], source.texts(template), 128)
     assert len(set(tokens.lengths.tolist())) > 3
-    return tokens.batch(range(len(source.rows)), 0)
+    inputs = tokens.batch(range(len(source.rows)), pad_id(setting["tokenizer"]))
+    if padding == "left":
+        away = inputs["attention_mask"].shape[1] - torch.from_numpy(tokens.lengths)
+        places = torch.arange(inputs["attention_mask"].shape[1]) - away[:, None]
+        inputs = {name: values.gather(1, places % len(places[0])) for name, values in inputs.items()}
+        assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][:, 0].all()
+    return inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,14 +96,15 @@ def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]
     tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
-    inputs = live_inputs(setting, "colour", "validation")
-    with torch.no_grad():
-        if tuner.scoring is not None:
-            expected = live.word_scores(tuner.scoring, **inputs)
-        else:
-            expected = live(**inputs).logits
     assert cached.std() > 0.05
-    assert (cached - expected).abs().max() < 1e-4
+    for padding in ("right", "left"):
+        inputs = live_inputs(setting, "colour", "validation", padding)
+        with torch.no_grad():
+            if tuner.scoring is not None:
+                expected = live.word_scores(tuner.scoring, **inputs)
+            else:
+                expected = live(**inputs).logits
+        assert (cached - expected).abs().max() < 1e-4, padding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
