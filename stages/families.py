@@ -105,6 +105,14 @@ _BERT = Family(
 )
 # They number tokens from behind the padding's id, by the ids themselves.
 _ROBERTA = replace(_BERT, numbered=False)
+_LLAMA = Family(
+    {"hidden": "layers"},
+    ("embed_tokens",),
+    causal=True,
+    computed=("rotary_emb",),
+    numbered=True,
+    side=Side(dropout=None, step=2),
+)
 _T5 = Family(
     {"encoder": "encoder.block", "decoder": "decoder.block"},
     ("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
@@ -127,6 +135,25 @@ FAMILIES: dict[str, Family] = {
     "electra": replace(_BERT, embeddings=("embeddings", "embeddings_project"), arguments={}),
     "mpnet": _ROBERTA,
     "deberta-v2": replace(_BERT, once=("encoder.conv",), arguments={}),
+    "modernbert": Family(
+        {"hidden": "layers"},
+        ("embeddings",),
+        computed=("rotary_emb",),
+        numbered=True,
+        side=Side(dropout="embedding_dropout", step=2),
+    ),
+    "gpt2": Family(
+        {"hidden": "h"},
+        ("wte", "wpe"),
+        causal=True,
+        positions="wpe",
+        numbered=True,
+        side=Side("n_inner", "embd_pdrop"),
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "t5": _T5,
     "mt5": _T5,
 }

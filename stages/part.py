@@ -21,6 +21,7 @@ from sherl_pipe.stages.backbone import (
     resolve_model,
 )
 from sherl_pipe.stages.families import family_of
+from sherl_pipe.stages.surgery import replace_module
 from sherl_pipe.stages.weights import (
     StoredTensor,
     UnusualCheckpointError,
@@ -90,7 +91,10 @@ def _load(
         if stream in late
     }
     groups = _groups(model, held)
-    if any(family.needs(each, first) for each, _ in model.named_buffers()):
+    for path in family.computed:
+        table: Any = type(model.get_submodule(path))
+        replace_module(model, path, table(model.config).to(device))
+    if any(each.is_meta and family.needs(name, first) for name, each in model.named_buffers()):
         raise UnusualCheckpointError("buffers that are computed and not stored")
 
     head = None if tokens is None else _head(model)

@@ -23,8 +23,9 @@ _TEXT = (
 )
 WORDS = _TEXT.split()
 SEQ2SEQ = ("t5", "t5-gated")
-ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2")
-FAMILIES = (*SEQ2SEQ, *ENCODERS)
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*SEQ2SEQ, *ENCODERS, *CAUSAL)
 
 # What the config of a family has beside, or instead of, what all have.
 _OWN: dict[str, dict[str, Any]] = {
@@ -34,6 +35,24 @@ _OWN: dict[str, dict[str, Any]] = {
     "distilbert": {"hidden_dim": 48},
     # Embeddings that are narrower than the blocks, as its small model has them.
     "electra": {"embedding_size": 24},
+    # Blocks that look at a window of tokens among others, with rotary positions of their own.
+    "modernbert": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "local_attention": 8,
+        "hidden_size": 32,
+    },
+    "gpt2": {"pad_token_id": None},
+    # Fewer keys than queries; heads that are wider than a fourth of the states.
+    "llama": {"num_key_value_heads": 2, "head_dim": 12, "pad_token_id": None},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5},
+    "qwen2": {
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
     # Relative positions in buckets, and a convolution behind the first block.
     "deberta-v2": {
         "relative_attention": True,
@@ -120,7 +139,7 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
         backend.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A $B </s>", special_tokens=ends
         )
-    else:
+    elif family not in CAUSAL:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=ends
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_tools import FAMILIES, save_model, write_data
+from model_tools import CAUSAL, ENCODERS, FAMILIES, SEQ2SEQ, save_model, write_data
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
@@ -57,7 +57,8 @@ def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -
 
 def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
     """A tuner whose every parameter is random, so that nothing is gated off."""
-    settings = TuneSettings(**{"reduction": 3, "epochs": 1, "batch_size": 8, **change})
+    usual = {"reduction": 3, "epochs": 1, "batch_size": 8, "pool": setting["backbone"].family.pool}
+    settings = TuneSettings(**usual | change)
     tuner = Tuner(setting["task"], settings, tmp_path / "run", budget=1 << 30)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -85,12 +86,20 @@ def live_inputs(
     return inputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "how",
-    [{"late": 1}, {"late": 2}, {"loss": "vocabulary"}, LST, LST | {"loss": "vocabulary"}],
-    ids=str,
-)
+WORDS: list[dict[str, Any]] = [
+    {"late": 1},
+    {"late": 2},
+    {"loss": "vocabulary"},
+    LST,
+    LST | {"loss": "vocabulary"},
+]
+POOLED: list[dict[str, Any]] = [{"late": 1}, {"late": 2, "pool": "last"}, {"pool": "mean"}, LST]
+WAYS = [(family, how) for family in SEQ2SEQ for how in WORDS]
+WAYS += [(family, how) for family in (*ENCODERS, *CAUSAL) for how in POOLED]
+WAYS += [("bert", how | {"pool": "first"}) for how in ({}, LST)]
+
+
+@pytest.mark.parametrize(("family", "how"), WAYS, ids=str)
 def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family, taps="all")
     tuner = make_tuner(setting, tmp_path, **how)
