@@ -226,7 +226,7 @@ def _pickle(folder: Path) -> None:
 
 
 def _forget_the_family(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "config.json").write_text('{"model_type": "reformer"}')
 
 
 def _remove(folder: Path) -> None:
