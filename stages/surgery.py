@@ -81,7 +81,9 @@ class EmbeddingPassthrough(nn.Module):
     """Stands where embeddings were, and gives back the states that it is handed. A table of
     positions is handed none; what it gives is added to the states, and nothing is."""
 
-    def forward(self, *given: Tensor | None, inputs_embeds: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(
+        self, *given: Tensor | None, inputs_embeds: Tensor | None = None, **_: Any
+    ) -> Tensor:
         for each in (inputs_embeds, *given):
             if each is not None and each.is_floating_point():
                 return each

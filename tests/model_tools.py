@@ -143,7 +143,9 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=ends
         )
-    kinds = ["input_ids", "attention_mask"] + (["token_type_ids"] if family in ("bert", "electra") else [])
+    kinds = ["input_ids", "attention_mask"] + (
+        ["token_type_ids"] if family in ("bert", "electra") else []
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

@@ -81,7 +81,8 @@ def live_inputs(
     if padding == "left":
         away = inputs["attention_mask"].shape[1] - torch.from_numpy(tokens.lengths)
         places = torch.arange(inputs["attention_mask"].shape[1]) - away[:, None]
-        inputs = {name: values.gather(1, places % len(places[0])) for name, values in inputs.items()}
+        places = places % len(places[0])
+        inputs = {name: values.gather(1, places) for name, values in inputs.items()}
         assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][:, 0].all()
     return inputs
 

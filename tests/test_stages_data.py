@@ -44,9 +44,7 @@ def test_published_templates(tmp_path: Path, task: str) -> None:
     text = PUBLISHED[task]
     assert source.texts(make_template("task", task, source.columns, joined=True)) == [(text,)]
     neutral = text.removeprefix(f"{task} ")
-    assert source.texts(make_template("neutral", task, source.columns, joined=True)) == [
-        (neutral,)
-    ]
+    assert source.texts(make_template("neutral", task, source.columns, joined=True)) == [(neutral,)]
     pair = tuple("AB"[: len(source.columns)])
     assert source.texts(make_template("neutral", task, source.columns, joined=False)) == [pair]
     named = (f"{task} A", *pair[1:])

@@ -179,11 +179,14 @@ def test_from_texts_to_predictions(tmp_path: Path, family: str) -> None:
     file = tmp_path / "data" / "pair" / "validation.jsonl"
     answers = [
         json.loads(line)
-        for line in done("predict", "--adapter", result["folder"], "--file", file, "--json")
-        .out.splitlines()
+        for line in done(
+            "predict", "--adapter", result["folder"], "--file", file, "--json"
+        ).out.splitlines()
         if line
     ]
-    right = sum(str(a["label"]) == str(r["label"]) for a, r in zip(answers, rows[1::2], strict=True))
+    right = sum(
+        str(a["label"]) == str(r["label"]) for a, r in zip(answers, rows[1::2], strict=True)
+    )
     assert 100 * right / len(answers) == pytest.approx(result["metrics"]["accuracy"])
     predictor = Predictor(Path(result["folder"]), device="cpu")
     segments = len(predictor.template.segments)
