@@ -17,7 +17,7 @@ from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-POOLS = ("mean", "first")
+POOLS = ("mean", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RouteSpec:
         variant: of the method; None where there is only one.
         init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
-        pool: `mean` over the tokens or the `first` token; encoders only.
+        pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
     """
 
     method: str
@@ -202,10 +202,14 @@ def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tens
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
     """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks."""
-    if pool == "first":
-        return states[:, 0]
-    if pool != "mean":
+    if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
+    if pool != "mean":
+        # Not the first or last place: padding may stand on either side.
+        places = torch.arange(mask.shape[1], device=mask.device)
+        away = places if pool == "first" else -places
+        one = away.masked_fill(~mask.bool(), len(places)).argmin(1)
+        return states[torch.arange(len(states), device=mask.device), one]
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
