@@ -69,7 +69,7 @@ class TuneConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
     init: Literal["residual", "paper", "random", "fisher"] | None = None
-    pool: Literal["mean", "first"] = "mean"
+    pool: Literal["mean", "first", "last"] | None = None
     head: Literal["random", "probe"] | None = None
     loss: Literal["words", "vocabulary"] = "words"
     precision: Literal["float32", "bf16"] = "float32"

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
 from sherl_pipe.stages.extract import identify
+from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.targets import label_tables
@@ -85,13 +87,15 @@ def prepare(config: RunConfig) -> Prepared:
     read = time.perf_counter()
     backbone, tokenizer, identity = _open(config)
     loaded = time.perf_counter()
-    seq2seq = backbone.family.seq2seq
+    family = backbone.family
     templates = {
-        source.name: make_template(identity.template, source.task, source.columns, seq2seq=seq2seq)
+        source.name: make_template(
+            identity.template, source.task, source.columns, joined=family.joined
+        )
         for source in sources
     }
     tables = label_tables(sources, templates)
-    for table in tables if seq2seq else ():
+    for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(
         config,
@@ -175,8 +179,8 @@ def check_folder(path: Path, option: str) -> Path:
 
 def positions(backbone: Backbone) -> int | None:
     """Tokens that a model with learned positions can read; None where any number goes."""
-    embeddings = getattr(backbone.model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
+    path = backbone.family.positions
+    table: Any = None if path is None else attrgetter(path)(backbone.model)
     if table is None:
         return None
     # RoBERTa counts positions from behind its padding index.
@@ -205,29 +209,27 @@ def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict
 
     Args:
         tune: None there leaves a setting to the method.
-        streams: of the cache.
+        streams: what the cache holds, or will hold.
 
     Raises InputError for an unknown method.
     """
-    method = find_method(tune.method)
-    usual = {"head": TuneSettings.head, **method.usual}
-    if "hidden" in streams:
-        usual |= method.on_encoders
-        # A small backbone keeps a block in front of the late ones.
-        usual["late"] = min(usual["late"], max(method.usual["late"], streams["hidden"].blocks - 1))
+    usual = {"head": TuneSettings.head, **find_method(tune.method).usual_for(streams)}
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
 
-def tunings(config: RunConfig, streams: Mapping[str, StreamSpec]) -> Sequence[TuneSettings]:
+def tunings(
+    config: RunConfig, family: Family, streams: Mapping[str, StreamSpec]
+) -> Sequence[TuneSettings]:
     """The settings of every tuning of a task: learning rates times seeds.
 
     Args:
         config: of the run.
+        family: of the backbone.
         streams: of the cache.
     """
     tune = config.tune
-    rates = tune.lr or (DEFAULT_LR["encoder" if "hidden" in streams else "seq2seq"],)
+    rates = tune.lr or (DEFAULT_LR["seq2seq" if family.seq2seq else "encoder"],)
     base = TuneSettings(
         method=tune.method,
         **method_settings(tune, streams),
@@ -236,7 +238,7 @@ def tunings(config: RunConfig, streams: Mapping[str, StreamSpec]) -> Sequence[Tu
         warmup=tune.warmup,
         weight_decay=tune.weight_decay,
         clip=tune.clip,
-        pool=tune.pool,
+        pool=tune.pool or family.pool,
         loss=tune.loss,
         precision=tune.precision,
     )

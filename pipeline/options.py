@@ -126,9 +126,8 @@ TUNE = [
     ),
     click.option(
         "--pool",
-        type=click.Choice(["mean", "first"]),
-        default="mean",
-        help="Of an encoder's head.",
+        type=click.Choice(["mean", "first", "last"]),
+        help="What a pooled head reads of the tokens.  [default: mean; last for causal models]",
     ),
     click.option(
         "--head",

@@ -81,7 +81,7 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
         for codec in CODECS.values()
         if codec != ready.identity.codec
     ]
-    settings = tunings(config, ready.identity.streams)[0]
+    settings = tunings(config, ready.backbone.family, ready.identity.streams)[0]
     with ExitStack() as stack:
         folder = stack.enter_context(_scratch(ready.path))
         target = stack.enter_context(CacheWriter.open(folder / "cache", ready.identity))

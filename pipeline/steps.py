@@ -160,7 +160,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, cache.identity.streams)
+    wanted = tunings(config, backbone.family, cache.identity.streams)
     asked = [(task, settings) for task in tasks for settings in wanted]
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
     pruning = Pruning(config, cache, tokenizer, model, bars)

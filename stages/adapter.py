@@ -85,14 +85,15 @@ class TunedModel(nn.Module):
     """The live backbone with a tuned route in it.
 
     Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
-    `logits`, ...), and `loss` and `logits [B, outputs]` for an encoder with a pooled head.
+    `logits`, ...), and `loss` and `logits [B, outputs]` for a pooled head. Inputs may be padded on
+    either side where the backbone can be told positions, or finds them by itself (not BART).
     """
 
     def __init__(self, backbone: Backbone, route: Route) -> None:
         super().__init__()
         self.route = route
         self.model = route.attach(backbone)
-        self._width, self._seq2seq = backbone.width, backbone.family.seq2seq
+        self._width, self._family = backbone.width, backbone.family
 
     def forward(
         self,
@@ -112,7 +113,7 @@ class TunedModel(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if self._seq2seq:
+        if self._family.seq2seq:
             out = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs
             )
@@ -126,6 +127,9 @@ class TunedModel(nn.Module):
     ) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
+        if self._family.numbered:
+            # Padding in front of the tokens does not move them.
+            inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
         states = self.model(input_ids=input_ids, attention_mask=mask, **inputs).last_hidden_state
         route: Any = self.route
         logits = route.head(pooled(states, mask.bool(), route.spec.pool))
@@ -138,7 +142,7 @@ class TunedModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own `generate`, KV cache included. Raises InputError for encoders."""
-        if not self._seq2seq:
+        if not self._family.seq2seq:
             raise InputError("an encoder with a pooled head does not generate; call the model")
         model: Any = self.model
         return model.generate(*args, **kwargs)

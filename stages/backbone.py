@@ -54,7 +54,9 @@ class Backbone:
         self.home: torch.device | None = None
         self.config: Any = model.config
         self.family = family_of(self.config)
-        if self.family.seq2seq:
+        if not self.family.seq2seq:
+            self.config.use_cache = False  # nothing is generated
+        else:
             # T5 starts from its padding token; a config made by hand often does not say so.
             generation: Any = getattr(model, "generation_config", None)
             for config in (self.config, generation):
@@ -129,7 +131,8 @@ class Backbone:
         """This backbone, or a copy of it in another dtype."""
         if dtype == self.dtype:
             return self
-        twin = Backbone(copy.deepcopy(self.model).to(dtype), self.name, self.revision)
+        twin = Backbone(copy.deepcopy(self.model), self.name, self.revision)
+        _cast(twin.model, dtype)
         twin.__dict__["fingerprint"] = self.fingerprint  # of the weights before they are rounded
         return twin
 
@@ -179,8 +182,14 @@ def load_backbone(
         )
     backbone = Backbone(model, name, getattr(model.config, "_commit_hash", None))
     _ = backbone.fingerprint  # of the weights as loaded, before a cast rounds them
-    model.to(device=device, dtype=dtype)
+    _cast(model.to(device), dtype)
     return backbone
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the type of the weights, and not of tables that are computed, such as angles."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def model_class(name: str, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:
@@ -198,10 +207,8 @@ def model_class(name: str, revision: str | None) -> tuple[Any, Any, dict[str, An
         config = AutoConfig.from_pretrained(
             resolve_model(name), revision=revision or "main", trust_remote_code=False
         )
-    if family_of(config).seq2seq:
-        return AutoModelForSeq2SeqLM, config, {}
-    # A pooler would be random where the checkpoint has none; no tap depends on it.
-    return AutoModel, config, {"add_pooling_layer": False}
+    family = family_of(config)
+    return AutoModelForSeq2SeqLM if family.seq2seq else AutoModel, config, dict(family.arguments)
 
 
 class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors(...)`

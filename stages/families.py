@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sherl_pipe.cache import InputError
@@ -12,28 +12,71 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where a model type keeps its blocks.
+class Side:
+    """How LST's side blocks are made of a family's own config.
 
     Attributes:
-        seq2seq: whether it is an encoder-decoder whose answers are words.
-        streams: by stream name, the path of the `ModuleList` of blocks.
-        embeddings: paths of the modules that only token ids go through.
-        lent: path in the first block of what every block of its stream uses.
+        feed_forward: its key for the inner width of a block; four times the width where it is None.
+        dropout: its key for the rate on the embedding; no dropout without one.
+        step: widths of heads are multiples of it; rotary positions take two numbers at a time.
     """
 
-    seq2seq: bool
+    feed_forward: str = "intermediate_size"
+    dropout: str | None = "hidden_dropout_prob"
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its blocks, and what a route has to know beside that.
+
+    `docs/families.md` says how to find these out for another model.
+
+    Attributes:
+        streams: by stream name, the path of the `ModuleList` of blocks. The names are `encoder` and
+            `decoder`, or `hidden` for the only stack.
+        embeddings: paths of the modules that only token ids, or their positions, go through.
+        seq2seq: whether it is an encoder-decoder whose answers are words.
+        causal: whether a state depends on no token behind it.
+        lent: path in the first block of what every block of its stream uses.
+        once: paths of modules that act behind the first block and nowhere else.
+        computed: paths of modules that hold no weights but tables that the config gives.
+        positions: path of the table of learned positions, which bounds the length of inputs.
+        numbered: whether `position_ids`, from 0 at an example's first token, tell it where tokens
+            are; padding in front would move them else.
+        arguments: for the model's class.
+        side: for LST; None where there are no side blocks.
+    """
+
     streams: Mapping[str, str]
     embeddings: tuple[str, ...]
+    seq2seq: bool = False
+    causal: bool = False
     lent: str | None = None
+    once: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    positions: str | None = None
+    numbered: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    side: Side | None = None
 
     @property
     def main(self) -> str:
         """The stream that reads the inputs."""
         return "encoder" if self.seq2seq else "hidden"
 
+    @property
+    def pool(self) -> str:
+        """What a pooled head reads by default: of causal states the last has seen everything."""
+        return "last" if self.causal else "mean"
+
+    @property
+    def joined(self) -> bool:
+        """Whether the columns of a row are one text, there being no second segment."""
+        return self.seq2seq or self.causal
+
     def needs(self, weight: str, first: Mapping[str, int]) -> bool:
-        """Whether states that enter the model at a block need a weight on their way out.
+        """Whether states that enter the model at a block need a weight or a table on their way out.
 
         Args:
             weight: its name in the model.
@@ -46,22 +89,71 @@ class Family:
                     return False
                 lent = self.lent is not None and number == "0" and rest.startswith(f"{self.lent}.")
                 return lent or int(number) >= first[stream]
-        return not any(weight.startswith(f"{path}.") for path in self.embeddings)
+        passed = (*self.embeddings, *(self.once if 0 not in first.values() else ()))
+        return not any(weight.startswith(f"{path}.") for path in passed)
 
 
-_ENCODER = Family(False, {"hidden": "encoder.layer"}, ("embeddings",))
+# A pooler would be random where the checkpoint has none; no tap depends on it.
+_POOLER = {"add_pooling_layer": False}
+_BERT = Family(
+    {"hidden": "encoder.layer"},
+    ("embeddings",),
+    positions="embeddings.position_embeddings",
+    numbered=True,
+    arguments=_POOLER,
+    side=Side(),
+)
+# They number tokens from behind the padding's id, by the ids themselves.
+_ROBERTA = replace(_BERT, numbered=False)
+_LLAMA = Family(
+    {"hidden": "layers"},
+    ("embed_tokens",),
+    causal=True,
+    computed=("rotary_emb",),
+    numbered=True,
+    side=Side(dropout=None, step=2),
+)
 _T5 = Family(
-    True,
     {"encoder": "encoder.block", "decoder": "decoder.block"},
     ("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
+    seq2seq=True,
     lent="layer.0.SelfAttention.relative_attention_bias",
+    side=Side("d_ff", "dropout_rate"),
 )
 
 # By the `model_type` of a Hugging Face config.
 FAMILIES: dict[str, Family] = {
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "xlm-roberta": _ENCODER,
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": replace(
+        _BERT,
+        streams={"hidden": "transformer.layer"},
+        arguments={},
+        side=Side("hidden_dim", "dropout"),
+    ),
+    "electra": replace(_BERT, embeddings=("embeddings", "embeddings_project"), arguments={}),
+    "mpnet": _ROBERTA,
+    "deberta-v2": replace(_BERT, once=("encoder.conv",), arguments={}),
+    "modernbert": Family(
+        {"hidden": "layers"},
+        ("embeddings",),
+        computed=("rotary_emb",),
+        numbered=True,
+        side=Side(dropout="embedding_dropout", step=2),
+    ),
+    "gpt2": Family(
+        {"hidden": "h"},
+        ("wte", "wpe"),
+        causal=True,
+        positions="wpe",
+        numbered=True,
+        side=Side("n_inner", "embd_pdrop"),
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "t5": _T5,
     "mt5": _T5,
 }
@@ -76,7 +168,7 @@ def family_of(config: Any) -> Family:
                 "model type",
                 expected=f"one of {', '.join(sorted(FAMILIES))}",
                 found=config.model_type,
-                todo="A family is an entry in FAMILIES of stages/families.py.",
+                todo="A family is a few lines in a table; docs/families.md says how to add one.",
             )
         )
     return family

@@ -20,6 +20,8 @@ from sherl_pipe.stages.backbone import (
     model_class,
     resolve_model,
 )
+from sherl_pipe.stages.families import family_of
+from sherl_pipe.stages.surgery import replace_module
 from sherl_pipe.stages.weights import (
     StoredTensor,
     UnusualCheckpointError,
@@ -89,7 +91,10 @@ def _load(
         if stream in late
     }
     groups = _groups(model, held)
-    if any(family.needs(each, first) for each, _ in model.named_buffers()):
+    for path in family.computed:
+        table: Any = type(model.get_submodule(path))
+        replace_module(model, path, table(model.config).to(device))
+    if any(each.is_meta and family.needs(name, first) for name, each in model.named_buffers()):
         raise UnusualCheckpointError("buffers that are computed and not stored")
 
     head = None if tokens is None else _head(model)
@@ -167,8 +172,8 @@ def _skeleton(loader: Any, config: Any, extra: Mapping[str, Any]) -> Any:
 
     # Looked up to be imported before the device is changed: tensors that belong to the code and
     # not to the model must not land on it.
-    classes = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if not extra else MODEL_MAPPING
-    _ = classes[type(config)]
+    seq2seq = family_of(config).seq2seq
+    _ = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
     with torch.device("meta"):
         return loader.from_config(config, dtype=torch.float32, **extra)
 

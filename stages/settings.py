@@ -25,7 +25,7 @@ class TuneSettings:
         warmup: share of the steps with a rising rate, at most 500 steps.
         weight_decay, clip: of AdamW; largest gradient norm.
         init: what training starts from, one of `Method.inits`.
-        pool: of an encoder's head, `mean` or `first`.
+        pool: of a pooled head, one of `POOLS`.
         head: what an encoder's head starts from, `random` or `probe`, a linear model fitted to what
             it reads of the training rows at the start.
         loss: of label words, `words` or `vocabulary` (see `Scoring`); text-to-text backbones.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sherl_pipe.stages.attention import FewQueries, LonePosition
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.families import blocks_of
+from sherl_pipe.stages.families import Family, blocks_of
 from torch import Tensor, nn
 
 
@@ -29,8 +29,8 @@ def share(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where `path` points."""
+def replace_module(model: nn.Module, path: str, new: nn.Module | None) -> None:
+    """Put `new` where `path` points, or nothing."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
 
@@ -39,7 +39,9 @@ def cut_after(backbone: Backbone, stream: str, last_tap: int) -> nn.Module:
     """The backbone's structure without the blocks that no tap up to `last_tap` needs."""
     model: nn.Module = share(backbone.model)
     blocks = blocks_of(model, backbone.family, stream)
-    kept = nn.ModuleList(list(blocks)[: max(1, last_tap)])
+    # What acts behind the first block alone has acted only where the second one begins.
+    least = 2 if backbone.family.once else 1
+    kept = nn.ModuleList(list(blocks)[: max(least, last_tap)])
     replace_module(model, backbone.family.streams[stream], kept)
     return model
 
@@ -76,24 +78,45 @@ class TapRecorder:
 
 
 class EmbeddingPassthrough(nn.Module):
-    """Stands where the embeddings were; gives back the states it is handed."""
+    """Stands where embeddings were, and gives back the states that it is handed. A table of
+    positions is handed none; what it gives is added to the states, and nothing is."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
-        return inputs_embeds
+    def forward(
+        self, *given: Tensor | None, inputs_embeds: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        for each in (inputs_embeds, *given):
+            if each is not None and each.is_floating_point():
+                return each
+        return torch.zeros(())
+
+
+def without_embeddings(model: nn.Module, family: Family) -> None:
+    """Let a model take `inputs_embeds [B, S, d]` as the very states that its blocks begin with,
+    the first of which is like any other."""
+    present = {name for name, _ in model.named_modules()}
+    for path in present.intersection(family.embeddings):
+        replace_module(model, path, EmbeddingPassthrough())
+    for path in present.intersection(family.once):
+        replace_module(model, path, None)
 
 
 def late_encoder(backbone: Backbone, late: int) -> nn.Module:
-    """The last `late` blocks of an encoder, called with `inputs_embeds [B, S, d]`.
+    """The last `late` blocks of an encoder or a causal decoder, called with `inputs_embeds
+    [B, S, d]` and `attention_mask [B, S]`, padded behind the tokens.
 
-    The model's own forward builds the mask; its weights are frozen and shared.
+    The model's own forward builds masks, rotary tables, relative positions and the final norm; its
+    weights are frozen and shared.
     """
-    model: nn.Module = share(backbone.model)
-    path = backbone.family.streams["hidden"]
-    replace_module(
-        model, path, nn.ModuleList(list(blocks_of(model, backbone.family, "hidden"))[-late:])
-    )
-    replace_module(model, "embeddings", EmbeddingPassthrough())
-    return model
+    model: Any = share(backbone.model)
+    family = backbone.family
+    blocks = list(blocks_of(model, family, "hidden"))[-late:]
+    replace_module(model, family.streams["hidden"], nn.ModuleList(blocks))
+    without_embeddings(model, family)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        model.config.layer_types = kinds[-late:]
+    encoder: nn.Module = model
+    return encoder
 
 
 def late_decoder(backbone: Backbone, late: int) -> nn.Module:

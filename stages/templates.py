@@ -63,17 +63,17 @@ class Template:
         return cls(tuple(tuple((p, c) for p, c in pieces) for pieces in data))
 
 
-def make_template(kind: str, task: str, columns: Sequence[str], *, seq2seq: bool) -> Template:
+def make_template(kind: str, task: str, columns: Sequence[str], *, joined: bool) -> Template:
     """The template of a task.
 
-    A text-to-text backbone reads one string, `task name: value ...`; `neutral` leaves the task's
-    name out. An encoder reads the columns as one or two segments, `task` putting the name before
-    the first.
+    Text-to-text and causal backbones read the columns `joined` to one string, `task name: value
+    ...`; `neutral` leaves the task's name out. An encoder reads them as one or two segments, `task`
+    putting the name before the first.
     """
     if kind not in TEMPLATES:
         raise InputError(explain("template", expected=f"one of {TEMPLATES}", found=kind))
     lead = f"{task} " if kind == "task" else ""
-    if seq2seq:
+    if joined:
         pieces = []
         for number, column in enumerate(columns):
             colon = "" if (task, column) in _NO_COLON else ":"

@@ -86,6 +86,12 @@ class PrefixTree:
         return [sorted(tokens) for tokens in found]
 
     @cached_property
+    def ancestry(self) -> Tensor:
+        """Boolean `[nodes, nodes]`: whether a node (row) has another, or itself, on its path."""
+        nodes = self.nodes
+        return torch.tensor([[node[: len(each)] == each for each in nodes] for node in nodes])
+
+    @cached_property
     def flat_nodes(self) -> list[int]:
         """Node numbers of the paths to all leaves, one after another."""
         ends = {path[-1]: path for path in self.paths}

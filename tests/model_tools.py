@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BertConfig,
-    BertModel,
+    AutoConfig,
+    AutoModel,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -24,7 +22,51 @@ _TEXT = (
     "sentence sentence1 sentence2 colour mood size mixed good bad"
 )
 WORDS = _TEXT.split()
-FAMILIES = ("t5", "t5-gated", "bert", "roberta")
+SEQ2SEQ = ("t5", "t5-gated")
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*SEQ2SEQ, *ENCODERS, *CAUSAL)
+
+# What the config of a family has beside, or instead of, what all have.
+_OWN: dict[str, dict[str, Any]] = {
+    "bert": {"add_pooling_layer": False},
+    "roberta": {"add_pooling_layer": False},
+    "mpnet": {"add_pooling_layer": False, "pad_token_id": 1},
+    "distilbert": {"hidden_dim": 48},
+    # Embeddings that are narrower than the blocks, as its small model has them.
+    "electra": {"embedding_size": 24},
+    # Blocks that look at a window of tokens among others, with rotary positions of their own.
+    "modernbert": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "local_attention": 8,
+        "hidden_size": 32,
+    },
+    "gpt2": {"pad_token_id": None},
+    # Fewer keys than queries; heads that are wider than a fourth of the states.
+    "llama": {"num_key_value_heads": 2, "head_dim": 12, "pad_token_id": None},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5},
+    "qwen2": {
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    # Relative positions in buckets, and a convolution behind the first block.
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 6,
+        "max_relative_positions": 16,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+        "type_vocab_size": 0,
+    },
+}
 
 
 def save_model(folder: Path, family: str, seed: int = 0) -> str:
@@ -74,13 +116,15 @@ def _model(family: str, vocabulary: int) -> Any:
         "type_vocab_size": 2,
         "pad_token_id": 0,
     }
-    if family == "bert":
-        return BertModel(BertConfig(**shape), add_pooling_layer=False)
-    return RobertaModel(RobertaConfig(**shape), add_pooling_layer=False)
+    own = dict(_OWN.get(family, {}))
+    pooler = {name: own.pop(name) for name in ("add_pooling_layer",) if name in own}
+    return AutoModel.from_config(AutoConfig.for_model(family, **shape | own), **pooler)
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
     special = ["<pad>", "</s>", "<unk>", "<s>"]
+    if family == "mpnet":  # its padding is 1, whatever its config says
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -90,16 +134,18 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
             pre_tokenizers.Digits(individual_digits=True),
         ]
     )
-    ends = [("</s>", 1), ("<s>", 3)]
+    ends = [(word, vocabulary[word]) for word in ("</s>", "<s>")]
     if family.startswith("t5"):
         backend.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A $B </s>", special_tokens=ends
         )
-    else:
+    elif family not in CAUSAL:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=ends
         )
-    kinds = ["input_ids", "attention_mask"] + (["token_type_ids"] if family == "bert" else [])
+    kinds = ["input_ids", "attention_mask"] + (
+        ["token_type_ids"] if family in ("bert", "electra") else []
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

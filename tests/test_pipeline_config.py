@@ -23,6 +23,7 @@ from sherl_pipe.pipeline.config import (
     read_config,
 )
 from sherl_pipe.pipeline.opening import check_folder, parse_bytes, pick_device, tunings
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.settings import TuneSettings
 
 
@@ -212,7 +213,7 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
     config = make_config({"tune": {"lr": [0.1, 0.2], "seed": [0, 1, 2]}}, "test")
-    settings = tunings(config, {"hidden": StreamSpec((0, 1, 2), 3, 8)})
+    settings = tunings(config, FAMILIES["bert"], {"hidden": StreamSpec((0, 1, 2), 3, 8)})
     assert [(each.lr, each.seed) for each in settings] == [
         (lr, seed) for lr in (0.1, 0.2) for seed in (0, 1, 2)
     ]
@@ -221,7 +222,8 @@ def test_tunings_are_rates_times_seeds_and_have_folders_of_their_own() -> None:
 
 def test_defaults_follow_the_method_and_the_backbone() -> None:
     def usual(method: str, streams: dict[str, StreamSpec]) -> tuple[int, str, float]:
-        (found,) = tunings(make_config({"tune": {"method": method}}, "test"), streams)
+        family = FAMILIES["t5" if "encoder" in streams else "bert"]
+        (found,) = tunings(make_config({"tune": {"method": method}}, "test"), family, streams)
         return found.late, found.head, found.lr
 
     blocks = StreamSpec((0, 1, 2), 3, 8)
@@ -231,7 +233,7 @@ def test_defaults_follow_the_method_and_the_backbone() -> None:
     assert usual("sherl", {"hidden": StreamSpec((0, 1), 2, 8)}) == (1, "probe", 6e-3)
     assert usual("lst", {"hidden": blocks})[:2] == (0, "random")
     config = make_config({"tune": {"late": 1, "head": "random"}}, "test")
-    (asked,) = tunings(config, {"hidden": blocks})
+    (asked,) = tunings(config, FAMILIES["bert"], {"hidden": blocks})
     assert (asked.late, asked.head) == (1, "random")
 
 

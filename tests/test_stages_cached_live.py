@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_tools import FAMILIES, save_model, write_data
+from model_tools import CAUSAL, ENCODERS, FAMILIES, SEQ2SEQ, save_model, write_data
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
@@ -27,6 +29,12 @@ from torch.nn import functional as F
 
 QUIET = Bars(None)
 LST = {"method": "lst", "late": 0, "init": "random"}
+READOUT = {"reduction": 1, "init": "random"}
+LINEAR, WEIGHTED = (READOUT | {"method": name} for name in ("linear", "weighted"))
+# By method, a setting of it; without `late` it is what a cache makes of it.
+UNIPT = {"method": "unipt", "init": "paper"}
+DTL = {"method": "dtl", "init": "paper"}
+EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT, DTL]
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
@@ -56,7 +64,19 @@ def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -
 
 def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
     """A tuner whose every parameter is random, so that nothing is gated off."""
-    settings = TuneSettings(**{"reduction": 3, "epochs": 1, "batch_size": 8, **change})
+    method = find_method(change.get("method", "sherl"))
+    usual = method.usual_for(setting["cache"].identity.streams)
+    family = setting["backbone"].family
+    settings = TuneSettings(
+        **{
+            "reduction": 3,
+            "late": usual["late"],
+            "epochs": 1,
+            "batch_size": 8,
+            "pool": family.pool,
+            **change,
+        }
+    )
     tuner = Tuner(setting["task"], settings, tmp_path / "run", budget=1 << 30)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -65,7 +85,9 @@ def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
     return tuner
 
 
-def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tensor]:
+def live_inputs(
+    setting: dict[str, Any], task: str, role: str, padding: str = "right"
+) -> dict[str, Tensor]:
     """The texts of a split as one ragged batch, in the data's order."""
     stream = "encoder" if setting["backbone"].family.seq2seq else "hidden"
     notes = setting["cache"].stream(f"{task}/{role}", stream).notes
@@ -73,32 +95,43 @@ def live_inputs(setting: dict[str, Any], task: str, role: str) -> dict[str, Tens
     (source,) = [s for s in load_sources(str(setting["data"])) if s.role == role]
     tokens = tokenize(setting["tokenizer"], source.texts(template), 128)
     assert len(set(tokens.lengths.tolist())) > 3
-    return tokens.batch(range(len(source.rows)), 0)
+    inputs = tokens.batch(range(len(source.rows)), pad_id(setting["tokenizer"]))
+    if padding == "left":
+        away = inputs["attention_mask"].shape[1] - torch.from_numpy(tokens.lengths)
+        places = torch.arange(inputs["attention_mask"].shape[1]) - away[:, None]
+        places = places % len(places[0])
+        inputs = {name: values.gather(1, places) for name, values in inputs.items()}
+        assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][:, 0].all()
+    return inputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "how",
-    [{"late": 1}, {"late": 2}, {"loss": "vocabulary"}, LST, LST | {"loss": "vocabulary"}],
-    ids=str,
-)
+ONES = [{"late": 1}, {"late": 2}, *EACH[1:]]
+WAYS = [(family, {**how}) for family in (*SEQ2SEQ, *ENCODERS, *CAUSAL) for how in ONES]
+WAYS += [(family, how | {"loss": "vocabulary"}) for family in SEQ2SEQ for how in EACH]
+WAYS += [(family, {"pool": "mean"}) for family in CAUSAL]
+WAYS += [(family, {"pool": "last", "late": 2}) for family in ENCODERS]
+WAYS += [("bert", how | {"pool": "first"}) for how in ({}, LST)]
+
+
+@pytest.mark.parametrize(("family", "how"), WAYS, ids=str)
 def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family, taps="all")
     tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
-    inputs = live_inputs(setting, "colour", "validation")
-    with torch.no_grad():
-        if tuner.scoring is not None:
-            expected = live.word_scores(tuner.scoring, **inputs)
-        else:
-            expected = live(**inputs).logits
     assert cached.std() > 0.05
-    assert (cached - expected).abs().max() < 1e-4
+    for padding in ("right", "left"):
+        inputs = live_inputs(setting, "colour", "validation", padding)
+        with torch.no_grad():
+            if tuner.scoring is not None:
+                expected = live.word_scores(tuner.scoring, **inputs)
+            else:
+                expected = live(**inputs).logits
+        assert (cached - expected).abs().max() < 1e-4, padding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", [{}, LST], ids=str)
+@pytest.mark.parametrize("how", EACH, ids=str)
 def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family)
     tuner = make_tuner(setting, tmp_path, loss="vocabulary", **how)
@@ -129,7 +162,7 @@ def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) 
 
 @pytest.mark.parametrize(("codec", "bound"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("family", ["t5", "bert"])
-@pytest.mark.parametrize("how", [{}, LST], ids=str)
+@pytest.mark.parametrize("how", EACH, ids=str)
 def test_lossy_codecs_stay_close(
     tmp_path: Path, family: str, codec: str, bound: float, how: dict[str, Any]
 ) -> None:

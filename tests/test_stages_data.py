@@ -42,15 +42,13 @@ def test_published_templates(tmp_path: Path, task: str) -> None:
     row = dict(zip(GLUE_COLUMNS[task], "AB", strict=False)) | {"label": 1, "idx": 7}
     (source,) = load_sources(str(write_rows(tmp_path / f"{task}.jsonl", [row])))
     text = PUBLISHED[task]
-    assert source.texts(make_template("task", task, source.columns, seq2seq=True)) == [(text,)]
+    assert source.texts(make_template("task", task, source.columns, joined=True)) == [(text,)]
     neutral = text.removeprefix(f"{task} ")
-    assert source.texts(make_template("neutral", task, source.columns, seq2seq=True)) == [
-        (neutral,)
-    ]
+    assert source.texts(make_template("neutral", task, source.columns, joined=True)) == [(neutral,)]
     pair = tuple("AB"[: len(source.columns)])
-    assert source.texts(make_template("neutral", task, source.columns, seq2seq=False)) == [pair]
+    assert source.texts(make_template("neutral", task, source.columns, joined=False)) == [pair]
     named = (f"{task} A", *pair[1:])
-    assert source.texts(make_template("task", task, source.columns, seq2seq=False)) == [named]
+    assert source.texts(make_template("task", task, source.columns, joined=False)) == [named]
     assert (source.name, source.label_column) == (f"{task}/train", "label")
 
 
@@ -59,7 +57,7 @@ def test_all_glue_tasks_are_covered() -> None:
 
 
 def test_templates_round_trip_and_read_other_columns() -> None:
-    template = make_template("task", "mnli", ("premise", "hypothesis"), seq2seq=True)
+    template = make_template("task", "mnli", ("premise", "hypothesis"), joined=True)
     assert Template.from_json(json.loads(json.dumps(template.to_json()))) == template
     other = template.reading(("a", "b"))
     assert other.columns == ("a", "b")
@@ -71,9 +69,9 @@ def test_templates_round_trip_and_read_other_columns() -> None:
 
 def test_templates_that_make_no_sense() -> None:
     with pytest.raises(InputError, match="one or two, found"):
-        make_template("neutral", "t", ("a", "b", "c"), seq2seq=False)
+        make_template("neutral", "t", ("a", "b", "c"), joined=False)
     with pytest.raises(InputError, match="template: expected one of"):
-        make_template("fancy", "t", ("a",), seq2seq=True)
+        make_template("fancy", "t", ("a",), joined=True)
 
 
 ROWS = [
@@ -101,7 +99,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
             writer.writerows(ROWS)
     (source,) = load_sources(str(file))
     assert (source.task, source.role, source.columns) == ("reviews", "train", ("text",))
-    assert source.texts(make_template("neutral", "x", ("text",), seq2seq=False)) == [
+    assert source.texts(make_template("neutral", "x", ("text",), joined=False)) == [
         (row["text"],) for row in ROWS
     ]
     assert source.labels() == [1, 0, 2, 1]
@@ -141,7 +139,7 @@ def test_bad_files_name_the_place(tmp_path: Path, name: str, content: bytes, mes
     with pytest.raises(InputError) as caught:
         (source,) = load_sources(str(tmp_path / name))
         source.labels()
-        source.texts(make_template("neutral", "x", source.columns, seq2seq=True))
+        source.texts(make_template("neutral", "x", source.columns, joined=True))
     assert message in str(caught.value)
 
 

@@ -18,7 +18,7 @@ from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.features import WINDOW
-from sherl_pipe.stages.methods import Consolidation
+from sherl_pipe.stages.methods import Consolidation, find_method
 from sherl_pipe.stages.pack import Pack
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
@@ -109,6 +109,18 @@ def make_world(folder: Path, family: str, method: str = "sherl") -> World:
     stream = "encoder" if family == "t5" else "hidden"
     assert world.cache.stream("alone/train", stream).layout.shards > WINDOW
     return world
+
+
+def opened_for(world: World, method: str) -> World:
+    """The same cache, with what a method needs of the backbone."""
+    values = {"cache": world.cache.path, "tune": {"method": method}}
+    return World(*steps.open_for_tuning(make_config(values, "test"), QUIET))
+
+
+def usual(world: World, method: str, **change: Any) -> dict[str, Any]:
+    """A method's own settings for a cache, changed."""
+    found = find_method(method).usual_for(world.cache.identity.streams)
+    return {"method": method, **found, **change}
 
 
 def run(tuner: Tuner, progress: Progress = silent) -> TuneResult:

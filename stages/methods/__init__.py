@@ -7,12 +7,35 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.methods.base import Method
 from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.dtl_encoder import Dtl, DtlPlus
+from sherl_pipe.stages.methods.linear import Linear
 from sherl_pipe.stages.methods.lst import Lst
 from sherl_pipe.stages.methods.sherl import Sherl
+from sherl_pipe.stages.methods.unipt_encoder import Unipt
+from sherl_pipe.stages.methods.weighted import Weighted
 
-METHODS: dict[str, type[Method]] = {"sherl": Sherl, "lst": Lst}
+METHODS: dict[str, type[Method]] = {
+    "sherl": Sherl,
+    "lst": Lst,
+    "dtl": Dtl,
+    "dtl+": DtlPlus,
+    "unipt": Unipt,
+    "weighted": Weighted,
+    "linear": Linear,
+}
 
-__all__ = ["METHODS", "Consolidation", "Lst", "Sherl", "find_method"]
+__all__ = [
+    "METHODS",
+    "Consolidation",
+    "Dtl",
+    "DtlPlus",
+    "Linear",
+    "Lst",
+    "Sherl",
+    "Unipt",
+    "Weighted",
+    "find_method",
+]
 
 
 def find_method(name: str) -> type[Method]:

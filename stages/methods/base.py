@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from sherl_pipe.cache import InputError
+from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
@@ -17,7 +17,7 @@ from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-POOLS = ("mean", "first")
+POOLS = ("mean", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RouteSpec:
         variant: of the method; None where there is only one.
         init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
-        pool: `mean` over the tokens or the `first` token; encoders only.
+        pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
     """
 
     method: str
@@ -124,15 +124,22 @@ class Method(ABC):
     Attributes:
         usual: defaults of the settings that mean something of their own to each method:
             `reduction`, `late` and `init`.
-        on_encoders: what is otherwise where a pooled head is trained: of these, or `head`.
         inits: what its trained weights can start from.
         given: those of them that `Tuner.start_from` has to be given weights for.
     """
 
     usual: ClassVar[Mapping[str, Any]]
-    on_encoders: ClassVar[Mapping[str, Any]] = {}
     inits: ClassVar[tuple[str, ...]]
     given: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """`usual`, where the backbone or the cached taps decide what is; `head` too.
+
+        Args:
+            streams: what a cache holds, or would hold.
+        """
+        return cls.usual
 
     @staticmethod
     @abstractmethod
@@ -150,9 +157,9 @@ class Method(ABC):
         """
 
     @staticmethod
-    @abstractmethod
     def variant(family: Family) -> str | None:
-        """`RouteSpec.variant` on a family's backbones."""
+        """`RouteSpec.variant` on a family's backbones; there is one by default."""
+        return None
 
     @staticmethod
     @abstractmethod
@@ -163,22 +170,25 @@ class Method(ABC):
         """
 
     @staticmethod
-    @abstractmethod
     def from_reference(
         backbone: Backbone,
         params: Mapping[str, Tensor],
         layers: Mapping[str, Sequence[int] | None],
         reduction: int,
     ) -> Any:
-        """A `Route` on T5 with the papers' parameters.
+        """A `Route` on T5 with the papers' parameters, where a paper has T5.
 
         Args:
             params: tensors by the papers' names.
             layers: by stream, the 0-based blocks with side layers; None for all of them.
             reduction: the backbone's width over the reduced width.
 
-        Raises InputError or RuntimeError for parameters that do not fit.
+        Raises InputError or RuntimeError for parameters that do not fit, and InputError for a
+        method that was not published for T5.
         """
+        raise InputError(
+            explain("method", expected="one that was published for T5: sherl, lst", found="another")
+        )
 
 
 def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tensor:
@@ -192,10 +202,14 @@ def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tens
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
     """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks."""
-    if pool == "first":
-        return states[:, 0]
-    if pool != "mean":
+    if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
+    if pool != "mean":
+        # Not the first or last place: padding may stand on either side.
+        places = torch.arange(mask.shape[1], device=mask.device)
+        away = places if pool == "first" else -places
+        one = away.masked_fill(~mask.bool(), len(places)).argmin(1)
+        return states[torch.arange(len(states), device=mask.device), one]
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
@@ -203,6 +217,35 @@ def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Batches behind one another; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def cached_taps(
+    stream: str, held: Sequence[int], wanted: Sequence[int], least: int = 1
+) -> tuple[int, ...]:
+    """Those of `wanted` that a cache holds of a stream, at least `least` of them.
+
+    Raises InputError for fewer.
+    """
+    found = tuple(tap for tap in wanted if tap in held)
+    if len(found) < least:
+        listed = ",".join(map(str, wanted))
+        which = "" if least == len(wanted) else f"{least} or more of "
+        raise InputError(
+            explain(
+                f"taps of the {stream} stream",
+                expected=f"{which}{list(wanted)}",
+                found=f"{list(held)} in the cache",
+                todo=f"Extract to another --cache with {listed} among its --taps.",
+            )
+        )
+    return found
+
+
+def require_late(late: int, least: int, most: int, method: str) -> None:
+    """Raise InputError for a late route of other than `least` to `most` blocks."""
+    if not least <= late <= most:
+        wanted = f"{least} to {most}" if least < most else f"{least}"
+        raise InputError(explain("late", expected=f"{wanted} for {method}", found=late))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -259,3 +259,32 @@ class DtlVit(Published):
         if self.side.fusion is not None:
             named["lora_fusion.weight"] = (self.side.fusion.weight, whole)
         return named
+
+
+def from_reference(
+    params: Mapping[str, Tensor],
+    *,
+    lora_before: Sequence[int],
+    add_after: Sequence[int],
+    beta: float,
+    fusion: int,
+    heads: int | None = None,
+) -> DtlVit:
+    """The published vision transformer with its side network; arguments and errors as for
+    `DtlVit.from_reference`.
+
+    Raises InputError without `heads`: parameters of one and the same shape are those of models with
+    different numbers of them, and give other figures with each.
+    """
+    if heads is None:
+        raise InputError(
+            explain(
+                "heads",
+                expected="the number of the attention's heads",
+                found=None,
+                todo="No parameter tells it. Give heads=...; a published ViT-B/16 has 12.",
+            )
+        )
+    return DtlVit.from_reference(
+        params, heads=heads, lora_before=lora_before, add_after=add_after, beta=beta, fusion=fusion
+    )

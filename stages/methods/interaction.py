@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,3 +46,46 @@ def parallel_interaction(
     scale = shares.t().unsqueeze(1) / (scores.sum(-1) + epsilon)
     found = (scores * scale.unsqueeze(-1)).flatten(2) @ keys
     return found + (shares[:, :, None, None] * targets).sum(0)
+
+
+def causal_interaction(
+    reduced: Tensor,
+    seen: Tensor,
+    memory: Tensor,
+    inside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+) -> Tensor:
+    """What the positions of a decoder find in their past and in a memory.
+
+    The parallel interaction, generalised: a position looks through the targets, and its means are
+    taken, over the positions that it sees alone. The memory is one more target, of which it has no
+    state of its own: m_p = sum_s a_ps n_s.
+
+    Args:
+        reduced: targets, and last the anchor, `[M + 1, B, Q, h]`.
+        seen: `[B, P, Q]`, or `[1, P, Q]` for all examples, 1 where one of the last P positions sees
+            one of Q; itself always.
+        memory: n, `[B, S, h]`.
+        inside: `[B, S]`, 1 where the memory has a token.
+        weight, bias, epsilon: as for `parallel_interaction`.
+
+    Returns `[B, P, h]`.
+    """
+    asked, targets = seen.shape[1], reduced[:-1]
+    anchor = reduced[-1, :, -asked:]  # [B, P, h]
+    means = seen @ reduced / seen.sum(-1, keepdim=True).clamp(min=1)
+    marks = inside.unsqueeze(-1)
+    keys = memory * marks
+    memory_mean = keys.sum(1, keepdim=True) / marks.sum(1, keepdim=True)  # [B, 1, h]
+    of_targets = (means[:-1] * means[-1]) @ weight
+    of_memory = (memory_mean * means[-1]) @ weight
+    shares = (torch.cat([of_targets, of_memory.unsqueeze(0)]) + bias).softmax(0).unsqueeze(-1)
+
+    def found(scores: Tensor, rows: Tensor) -> Tensor:
+        scores = F.relu(scores)
+        return (scores / (scores.sum(-1, keepdim=True) + epsilon)) @ rows
+
+    past = found(anchor @ targets.transpose(-1, -2) * seen, targets) + targets[:, :, -asked:]
+    return (shares[:-1] * past).sum(0) + shares[-1] * found(anchor @ keys.transpose(1, 2), keys)

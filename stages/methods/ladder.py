@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import FAMILIES, Side
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.methods.parts import StackedLinear, start_linear
 from sherl_pipe.stages.methods.published import Names, Published, pair, part, whole
-from sherl_pipe.stages.surgery import EmbeddingPassthrough
+from sherl_pipe.stages.surgery import without_embeddings
 from torch import Tensor, nn
 
 STD = 0.01  # of the initial down- and up-sampling weights
@@ -30,7 +32,7 @@ class Ladder(Published):
 
     Args:
         stack: the family's own model of side blocks, without embeddings; called with
-            `inputs_embeds [B, S, h]` it hands what it does not know on to its blocks.
+            `inputs_embeds [B, S, h]`.
         path: where its blocks are.
         layers: numbers of the frozen blocks that they are beside.
         width: d, of the frozen stack.
@@ -57,8 +59,9 @@ class Ladder(Published):
         self.gates = nn.Parameter(torch.zeros(len(layers)))
         self.stack = stack
         self.before, self.after = nn.Dropout(before), nn.Dropout(after)
+        self._rungs: list[tuple[Tensor, Tensor]] = []  # of the forward pass that runs
         for number, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(partial(_mix, number), with_kwargs=True)
+            block.register_forward_pre_hook(partial(_mix, self._rungs, number))
 
     def reduce(self, packed: Packed) -> list[Tensor]:
         """K projections, padded `[B, S, h]`, of packed taps: the embedding and K - 1 outputs."""
@@ -81,8 +84,11 @@ class Ladder(Published):
             inputs: for the stack: `attention_mask`, and for a decoder `encoder_hidden_states`, ...
         """
         shares = torch.sigmoid(self.gates / GATE_SCALE)
-        rungs = list(zip(shares, reduced[1:], strict=True))
-        out = self.stack(inputs_embeds=reduced[0], rungs=rungs, **inputs)
+        self._rungs[:] = zip(shares, reduced[1:], strict=True)
+        try:
+            out = self.stack(inputs_embeds=reduced[0], **inputs)
+        finally:
+            self._rungs.clear()
         states: Tensor = self.after(out.last_hidden_state)
         return states
 
@@ -114,12 +120,12 @@ def _one(place: int, gates: Tensor) -> Tensor:
 
 
 def _mix(
-    number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rungs: Sequence[tuple[Tensor, Tensor]], number: int, _: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """In front of side block `number`: its rung into the side state."""
-    share, rung = kwargs.pop("rungs")[number]
+    share, rung = rungs[number]
     state, *rest = args
-    return (share * state + (1 - share) * rung, *rest), kwargs
+    return (share * state + (1 - share) * rung, *rest)
 
 
 def projection(inputs: int, outputs: int) -> nn.Linear:
@@ -153,39 +159,58 @@ def t5_ladder(stack: Any, layers: Sequence[int], reduction: int) -> Ladder:
     return Ladder(side, "block", layers, frozen.d_model, config.d_model, before=rate, after=rate)
 
 
-def encoder_ladder(model: Any, layers: Sequence[int], reduction: int) -> Ladder:
-    """Side blocks for a BERT-like encoder, started as its family is.
+def encoder_ladder(backbone: Backbone, layers: Sequence[int], reduction: int) -> Ladder:
+    """Side blocks for an encoder or a causal decoder, started as its family is.
 
     There are as many heads, each with its width divided by the reduction and rounded down, as SPEC
-    4 has it for T5; h is what these heads take. The blocks end in norms; none follows the last.
+    4 has it for T5; h is what these heads take.
 
     Args:
-        model: the frozen encoder.
+        backbone: the frozen model.
         layers: numbers of the frozen blocks with a side block; at least one.
         reduction: r.
 
     Raises InputError for a reduction that leaves nothing.
     """
-    frozen, config = model.config, copy.deepcopy(model.config)
-    heads = frozen.num_attention_heads
-    narrow = frozen.hidden_size // heads
-    _divide(
-        config, reduction, {"hidden_size": narrow, "intermediate_size": frozen.intermediate_size}
-    )
-    config.hidden_size *= heads
+    family, frozen = backbone.family, backbone.config
+    sizes, config = side_of(backbone), copy.deepcopy(frozen)
+    heads, width = frozen.num_attention_heads, frozen.hidden_size
+    inner = getattr(frozen, sizes.feed_forward) or 4 * width
+    narrow = (getattr(frozen, "head_dim", None) or width // heads) // sizes.step
+    _divide(config, reduction, {"hidden_size": narrow, sizes.feed_forward: inner})
+    if getattr(frozen, "head_dim", None):
+        config.head_dim = config.hidden_size * sizes.step
+    config.hidden_size *= heads * sizes.step
     config.num_hidden_layers = len(layers)
+    if getattr(frozen, "layer_types", None):
+        config.layer_types = [frozen.layer_types[layer] for layer in layers]
     config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept
-    side = type(model)(config, add_pooling_layer=False)
-    side.embeddings = EmbeddingPassthrough()
+    model: Any = backbone.model
+    side = type(model)(config, **family.arguments)
+    without_embeddings(side, family)
     return Ladder(
         side,
-        "encoder.layer",
+        family.streams["hidden"],
         layers,
-        frozen.hidden_size,
+        width,
         config.hidden_size,
-        before=frozen.hidden_dropout_prob,
+        before=getattr(frozen, sizes.dropout) if sizes.dropout else 0.0,
         after=0.0,
     )
+
+
+def side_of(backbone: Backbone) -> Side:
+    """How its side blocks are made. Raises InputError for a family that has none."""
+    if backbone.family.side is None:
+        raise InputError(
+            explain(
+                "backbone of lst",
+                expected=f"one of {', '.join(sorted(n for n, f in FAMILIES.items() if f.side))}",
+                found=backbone.config.model_type,
+                todo="Use --method sherl.",
+            )
+        )
+    return backbone.family.side
 
 
 def _divide(config: Any, reduction: int, widths: Mapping[str, int]) -> None:

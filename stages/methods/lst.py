@@ -16,7 +16,7 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Method, Route, RouteSpec, pooled
-from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection
+from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection, side_of
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.taps import paper_blocks
@@ -36,7 +36,7 @@ class LstEncoder(Route):
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
         super().__init__()
         self.spec, self.late = spec, None
-        self.ladder = encoder_ladder(backbone.model, layers_of(spec, "hidden"), spec.reduction)
+        self.ladder = encoder_ladder(backbone, layers_of(spec, "hidden"), spec.reduction)
         self.upsample = projection(self.ladder.first.out_features, backbone.width)
         self.head = nn.Linear(backbone.width, spec.outputs)
 
@@ -75,7 +75,8 @@ class LstEncoder(Route):
 
         def climb(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             reduced = self.ladder.reduce_live(recorder.stacked(taps))
-            side = self.ladder(reduced, attention_mask=kwargs.get("attention_mask"))
+            told = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+            side = self.ladder(reduced, **told)
             output.last_hidden_state = self.upsample(side)
             return output
 
@@ -139,11 +140,12 @@ class Lst(Method):
 
         The paper prunes T5 by the gradient of its own answers; an encoder has none without a head.
 
-        Raises InputError for a reduction that leaves nothing of some width, and for an encoder that
-        is to start from pruned weights.
+        Raises InputError for a reduction that leaves nothing of some width, for an encoder that is
+        to start from pruned weights, and for a family that the ladder does not fit.
         """
         if spec.init in Lst.given and not backbone.family.seq2seq:
             raise InputError(explain("init", expected="random for an encoder", found=spec.init))
+        _ = side_of(backbone)
         kind = LstSeq2Seq if backbone.family.seq2seq else LstEncoder
         return kind(backbone, spec).to(backbone.device)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
@@ -41,3 +44,8 @@ def stacked_norm(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """K layer norms at once: `[K, n, h]` with a gain and a shift `[K, h]` each; epsilon 1e-5."""
     normed = F.layer_norm(values, values.shape[-1:], eps=1e-5)
     return normed * weight.unsqueeze(1) + bias.unsqueeze(1)
+
+
+def trained_copy(frozen: nn.Module) -> Any:
+    """A module that starts as a frozen one and is tuned."""
+    return copy.deepcopy(frozen).requires_grad_(True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sherl_pipe.cache import InputError
+from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of
@@ -103,9 +103,17 @@ class Sherl(Method):
     """The method `sherl`."""
 
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 4, "late": 1, "init": "residual"}
-    # One frozen block leaves little of what only the middle taps know (see docs/results.md).
-    on_encoders: ClassVar[Mapping[str, Any]] = {"late": 2, "head": "probe"}
     inits = INITIALISATIONS
+
+    @classmethod
+    def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """As published on T5. On encoders two late blocks and a head that starts from a probe: one
+        frozen block leaves little of what only the middle taps know."""
+        if "hidden" not in streams:
+            return cls.usual
+        # A small backbone keeps a block in front of the late ones.
+        late = max(1, min(2, streams["hidden"].blocks - 1))
+        return {**cls.usual, "late": late, "head": "probe"}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:

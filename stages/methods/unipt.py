@@ -12,6 +12,7 @@ from typing import Literal, overload
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.interaction import parallel_interaction
 from sherl_pipe.stages.methods.parts import StackedLinear, stacked_norm, start_linear
 from sherl_pipe.stages.methods.published import Names, Published, count, pair, part, probe
@@ -196,3 +197,17 @@ class UniPT(Published):
             if not isinstance(layer, nn.ReLU):
                 named |= pair(f"{project}.{place}", layer)
         return named
+
+
+def reduce_packed(side: UniPT, packed: Packed) -> Tensor:
+    """K reduced taps, padded `[K, B, S, h]`, of packed ones; no padding is reduced."""
+    rows = side.reduce(packed.states, packed.group)
+    # Padded as one tensor: on a device every `pad` waits to know where rows are.
+    padded = packed.pad(rows.transpose(0, 1).flatten(1))
+    return padded.view(*padded.shape[:2], len(rows), -1).movedim(2, 0)
+
+
+def from_reference(params: Mapping[str, Tensor], variant: str) -> Published:
+    """A module with the published parameters; arguments and errors as for
+    `UniPT.from_reference`."""
+    return UniPT.from_reference(params, variant)

@@ -1,0 +1,78 @@
+"""What routes hook into live backbones in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of
+from sherl_pipe.stages.surgery import TapRecorder, cut_after
+from torch import Tensor, nn
+
+
+def live_encoder(
+    backbone: Backbone, taps: Sequence[int], states_of: Callable[[Tensor, Tensor], Tensor]
+) -> nn.Module:
+    """An encoder up to the last of some taps, whose output is made of them; weights are shared.
+
+    Args:
+        backbone: the frozen model.
+        taps: ascending.
+        states_of: from taps `[K, B, S, d]` and a mask `[B, S]`, True where there is a token, to
+            the output `[B, S, d]`.
+    """
+    model = cut_after(backbone, "hidden", taps[-1])
+    recorder = TapRecorder(blocks_of(model, backbone.family, "hidden"), taps)
+
+    def replace(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        stacked = recorder.stacked(taps)
+        output.last_hidden_state = states_of(stacked, inside(kwargs.get("attention_mask"), stacked))
+        return output
+
+    model.register_forward_hook(replace, with_kwargs=True)
+    return model
+
+
+def inside(mask: Tensor | None, taps: Tensor) -> Tensor:
+    """A mask `[B, S]` of zeros and ones as True and False; of None, all tokens of `[K, B, S, d]`
+    are there."""
+    if mask is None:
+        return torch.ones(taps.shape[1:3], dtype=torch.bool, device=taps.device)
+    return mask.bool()
+
+
+def two_memories(
+    model: Any, width: int, side: Callable[[Tensor | None], Tensor], first: int
+) -> None:
+    """Let a T5 encoder hand on the frozen and a side memory side by side, `[B, S, d + h]`.
+
+    So whatever `generate` does to encoder outputs (beams, batches) happens to both.
+
+    Args:
+        model: to be hooked, a structure of its own.
+        width: d.
+        side: the side memory `[B, S, h]`, called with the encoder's mask after it has run.
+        first: the first decoder block that takes the side memory; those below it take the frozen
+            one.
+    """
+
+    def join(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        own = output.last_hidden_state
+        output.last_hidden_state = torch.cat([own, side(kwargs.get("attention_mask"))], dim=-1)
+        return output
+
+    def part(number: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state, attention, bias, memory, *rest = args
+            # Torch takes both parts for trained because one is; backpropagation would run through
+            # all the frozen blocks for nothing.
+            memory = memory[..., width:] if number >= first else memory[..., :width].detach()
+            return (state, attention, bias, memory, *rest), kwargs
+
+        return hook
+
+    model.encoder.register_forward_hook(join, with_kwargs=True)
+    for number, block in enumerate(model.decoder.block):
+        block.register_forward_pre_hook(part(number), with_kwargs=True)
