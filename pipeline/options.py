@@ -30,16 +30,20 @@ TEXT_COLUMNS = click.option(
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
-METHOD = click.option("--method", default="sherl", help="sherl or lst.")
+METHOD = click.option(
+    "--method", default="sherl", help="sherl, lst, dtl, unipt, weighted or linear."
+)
 REDUCTION = click.option(
     "--reduction",
     type=click.IntRange(1),
-    help="Width over reduced width.  [default: 4 for sherl, 8 for lst]",
+    help="Width over reduced width, for dtl over the rank.  [default: 4 for sherl and unipt, 8 for "
+    "lst; rank 2 for dtl; weighted and linear reduce nothing]",
 )
 LATE = click.option(
     "--late",
     type=click.IntRange(0),
-    help="Late blocks.  [default: of sherl 1 on T5, 2 on encoders; lst has none]",
+    help="Late blocks.  [default: of sherl 1 on T5, else 2; half of all for dtl; for weighted and "
+    "linear on T5 those behind the last cached tap; others have none]",
 )
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
@@ -122,7 +126,8 @@ TUNE = [
         "--init",
         type=click.Choice(["residual", "paper", "random", "fisher"]),
         help="What training starts from: residual or paper for sherl; random for lst, or fisher, "
-        "side blocks pruned from the backbone (needs --data).  [default: residual, random]",
+        "side blocks pruned from the backbone (needs --data).  [default: residual, random; the "
+        "other methods have one start]",
     ),
     click.option(
         "--pool",

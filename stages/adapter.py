@@ -86,7 +86,7 @@ class TunedModel(nn.Module):
 
     Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
     `logits`, ...), and `loss` and `logits [B, outputs]` for a pooled head. Inputs may be padded on
-    either side where the backbone can be told positions, or finds them by itself (not BART).
+    either side: the backbone is told where tokens are, unless it finds that by itself.
     """
 
     def __init__(self, backbone: Backbone, route: Route) -> None:

@@ -14,6 +14,7 @@ from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
+from sherl_pipe.stages import features
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.extract import pad_id
@@ -115,8 +116,37 @@ WAYS += [("bert", how | {"pool": "first"}) for how in ({}, LST)]
 
 @pytest.mark.parametrize(("family", "how"), WAYS, ids=str)
 def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
-    setting = prepare(tmp_path, family, taps="all")
-    tuner = make_tuner(setting, tmp_path, **how)
+    check_evaluation(prepare(tmp_path, family, taps="all"), tmp_path, how)
+
+
+@pytest.mark.parametrize(
+    ("family", "taps", "how", "late"),
+    [
+        # What leaves the decoder's last block is cached.
+        ("t5", (0, 3, 5), LINEAR, 0),
+        ("t5", (0, 3, 5), WEIGHTED, 0),
+        ("t5", (0, 3, 5), UNIPT, 0),
+        # The middle is not cached.
+        ("t5", (0, 4), DTL, 1),
+        ("bert", (0, 1, 3), DTL, 1),
+        ("t5", "all", LINEAR | {"late": 2}, 2),
+        ("t5", "all", WEIGHTED | {"late": 2}, 2),
+        ("t5", "all", DTL | {"late": 4, "loss": "vocabulary"}, 4),
+        ("bert", "all", DTL | {"late": 3, "pool": "first"}, 3),
+        ("bert", "all", LINEAR | {"pool": "first"}, 0),
+        ("bert", (1, 2), UNIPT | {"pool": "first"}, 0),
+    ],
+)
+def test_other_taps_and_late_routes(
+    tmp_path: Path, family: str, taps: Any, how: dict[str, Any], late: int
+) -> None:
+    tuner = check_evaluation(prepare(tmp_path, family, taps=taps), tmp_path, how)
+    assert tuner.spec.late == late
+
+
+def check_evaluation(setting: dict[str, Any], folder: Path, how: dict[str, Any]) -> Tuner:
+    """Compare what a tuning gives for the held-out rows with what the live model gives."""
+    tuner = make_tuner(setting, folder, **how)
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     assert cached.std() > 0.05
@@ -128,6 +158,7 @@ def test_evaluation_equals_live(tmp_path: Path, family: str, how: dict[str, Any]
             else:
                 expected = live(**inputs).logits
         assert (cached - expected).abs().max() < 1e-4, padding
+    return tuner
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,8 +195,14 @@ def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) 
 @pytest.mark.parametrize("family", ["t5", "bert"])
 @pytest.mark.parametrize("how", EACH, ids=str)
 def test_lossy_codecs_stay_close(
-    tmp_path: Path, family: str, codec: str, bound: float, how: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    codec: str,
+    bound: float,
+    how: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr(features, "MANY_ROWS", 1)  # groups stay turned, as in large batches
     setting = prepare(tmp_path, family, codec=codec)
     tuner = make_tuner(setting, tmp_path, **how)
     cached = tuner.outputs(tuner.held_out, 6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_tools import GRADIENT, OUTPUT, check_module, difference, load, section
 from sherl_pipe.cache import InputError
-from sherl_pipe.stages.methods.dtl import CompactSide, DtlVit
+from sherl_pipe.stages.methods.dtl import CompactSide, DtlVit, from_reference
 from sherl_pipe.stages.methods.vit import Vit
 from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def published(name: str, **change: Any) -> DtlVit:
         "beta": meta["beta"],
         "fusion": meta["fusion_size"],
     }
-    return DtlVit.from_reference(section(tensors, "param."), **known | change)
+    return from_reference(section(tensors, "param."), **known | change)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,6 +36,17 @@ def test_parity(name: str) -> None:
     module = published(name)
     assert (module.side.fusion is not None) == name.endswith("3")
     check_module(name, module, lambda m, inputs: m(inputs["image"]))
+
+
+def test_no_parameter_tells_the_heads() -> None:
+    """Two of the golden models differ in nothing else that is stored."""
+    first, second = (load(f"dtl_vit_beta{beta}_fusion0") for beta in (100, 1))
+    assert first[0]["num_heads"] != second[0]["num_heads"]
+    shapes = [
+        {name: tensor.shape for name, tensor in section(tensors, "param.").items()}
+        for _, tensors in (first, second)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_frozen_backbone_needs_no_gradient_below_the_first_add_back() -> None:
@@ -202,7 +213,7 @@ Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def test_parameters_that_do_not_fit(change: Change, message: str) -> None:
     meta, tensors = load("dtl_vit_beta1_fusion3")
     with pytest.raises(InputError, match=message):
-        DtlVit.from_reference(
+        from_reference(
             change(section(tensors, "param.")),
             heads=meta["num_heads"],
             lora_before=range(6),
@@ -223,6 +234,7 @@ def test_parameters_that_do_not_fit(change: Change, message: str) -> None:
         ({"add_after": [6]}, "blocks: expected 7 at least, found 6"),
         ({"beta": 0.0}, "beta: expected a number above 0, found 0.0"),
         ({"heads": 3}, "heads: expected a divisor of 10, found 3"),
+        ({"heads": None}, "heads: expected the number of .* found None. No parameter tells it"),
     ],
 )
 def test_numbers_that_do_not_fit(change: dict[str, Any], message: str) -> None:

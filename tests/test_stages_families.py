@@ -12,6 +12,7 @@ import torch
 from cli_tools import done, refused, write_rows
 from model_tools import CAUSAL, ENCODERS, save_model, write_data
 from sherl_pipe.cache import FeatureCache, InputError
+from sherl_pipe.pipeline import planning
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.opening import positions
@@ -106,7 +107,7 @@ def test_pools_read_the_same_under_either_padding(pool: str) -> None:
 
 
 def test_an_unknown_pool_is_refused() -> None:
-    with pytest.raises(InputError, match="pool: expected .*'last'.*, found 'max'"):
+    with pytest.raises(InputError, match="pool: expected .*'last'.*, found max"):
         pooled(torch.zeros(1, 1, 1), torch.ones(1, 1), "max")
 
 
@@ -156,7 +157,9 @@ def _two_blocks(folder: str) -> Backbone:
 
 
 @pytest.mark.parametrize("family", ["distilbert", "gpt2", "llama"])
-def test_from_texts_to_predictions(tmp_path: Path, family: str) -> None:
+def test_from_texts_to_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     """Two columns, all commands, and predictions that are those of the cached evaluation."""
     texts = ["a cat", "the dog likes", "red bird and", "big", "not very small 3", "hates . the"]
     rows = [
@@ -169,6 +172,7 @@ def test_from_texts_to_predictions(tmp_path: Path, family: str) -> None:
     model = save_model(tmp_path / "model", family)
     done("extract", "--model", model, "--data", tmp_path / "data", "--cache", tmp_path / "cache",
          "--codec", "float32")  # fmt: skip
+    monkeypatch.setattr(planning, "SECONDS", 0.2)
     done("plan", "--model", model, "--data", tmp_path / "data", "--cache", tmp_path / "new")
     (result,) = done(
         "tune", "--cache", tmp_path / "cache", "--out", tmp_path / "runs", "--epochs", 1,
@@ -200,9 +204,9 @@ def test_causal_backbones_read_columns_as_one_text() -> None:
 
 def test_an_unknown_family_is_told_the_known_ones_and_how_to_add_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "reformer"}')
-    line = refused(
-        3, "reformer", "docs/families.md", *FAMILIES, argv=("extract", "--model", tmp_path)
-    )
+    data = write_data(tmp_path / "data")
+    argv = ("extract", "--model", tmp_path, "--data", data, "--cache", tmp_path / "cache")
+    line = refused(3, "reformer", "docs/families.md", *FAMILIES, argv=argv)
     assert line.index("bert") < line.index("t5")
 
 

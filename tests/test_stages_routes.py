@@ -17,10 +17,12 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.stages import pack
 from sherl_pipe.stages.adapter import TunedModel, load_route
 from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.pack import Pack
 from sherl_pipe.stages.part import load_part
+from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.tune import losses
 from tune_tools import (
@@ -149,6 +151,40 @@ def test_together_they_compute_what_each_computes_alone(
         assert torch.equal(tuner.loss(batch), tuner.loss(batch))
 
 
+def test_turned_features_are_fused_as_their_values_are(
+    worlds: Worlds, method: str, tmp_path: Path
+) -> None:
+    """Large batches of a coded cache come as they were coded (see `quantize.decode`)."""
+    world = worlds(method)
+    tuner = world.tuner(tmp_path, **settings(world, method))
+    route = tuner.route.eval()
+    with torch.no_grad():
+        for parameter in tuner.parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    (batch,) = tuner.train.read([tuner.train.epoch(0, 0, 8)[0]])
+
+    def as_coded(packed: Packed) -> Packed:
+        states = turn(packed.states, 32)  # a group turned twice is 32 times itself
+        states[..., : states.shape[-1] // 32 * 32] /= 32
+        return Packed(states, packed.lengths, 32)
+
+    turned = {role: as_coded(packed) for role, packed in batch.streams.items()}
+    for found, expected in zip(route.fuse(turned), route.fuse(batch.streams), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_is_near(worlds: Worlds, method: str, tmp_path: Path) -> None:
+    world, found = worlds(method), {}
+    for precision in ("float32", "bf16"):
+        how = settings(world, method, precision=precision)
+        tuner = world.tuner(tmp_path / precision, **how)
+        tuner.route.eval()
+        (batch,) = tuner.train.read([tuner.train.epoch(0, 0, 8)[0]])
+        found[precision] = float(tuner.loss(batch).detach())
+    assert found["bf16"] != found["float32"]
+    assert found["bf16"] == pytest.approx(found["float32"], rel=0.05)
+
+
 def test_it_learns(worlds: Worlds, method: str, tmp_path: Path) -> None:
     """What tells two kinds of sentences apart holds for new ones."""
     world = worlds(method)
@@ -162,7 +198,7 @@ def test_it_learns(worlds: Worlds, method: str, tmp_path: Path) -> None:
 
 def test_an_adapter_is_attached_again(worlds: Worlds, method: str, tmp_path: Path) -> None:
     world = worlds(method)
-    tuner = world.tuner(tmp_path, **settings(world, method))
+    tuner = world.tuner(tmp_path, **settings(world, method, head="probe"))
     run(tuner)
     backbone = load_backbone(world.backbone.name)
     config, route = load_route(tmp_path, backbone)
@@ -202,6 +238,7 @@ def test_generation_from_the_kv_cache(method: str, tmp_path: Path, beams: int) -
     )
     if beams == 1:
         logits = live(**inputs, decoder_input_ids=found[:, :-1]).logits[:, :-1]
+        logits[..., world.tokenizer.eos_token_id] = -torch.inf  # none may end yet
         assert torch.equal(logits.argmax(-1), found[:, 1:-1])
 
 
@@ -214,10 +251,10 @@ def test_no_more_blocks_are_loaded_than_run(
     part = load_part(save_model(tmp_path, family), asked)
     kept: dict[str, set[int]] = {}
     for name, weight in part.model.named_parameters():
-        found = re.match(r"(\w+)\.(?:block|layer)\.(\d+)\.", name)
-        if found and not weight.is_meta and "relative_attention_bias" not in name:
-            stream = found[1] if part.family.seq2seq else "hidden"
-            kept.setdefault(stream, set()).add(int(found[2]))
+        for stream, path in part.family.streams.items():
+            found = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
+            if found and not weight.is_meta and "relative_attention_bias" not in name:
+                kept.setdefault(stream, set()).add(int(found[1]))
     depth = {stream: len(part.blocks(stream)) for stream in part.family.streams}
     assert kept == {
         stream: set(range(depth[stream] - count, depth[stream]))

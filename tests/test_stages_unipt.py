@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from golden_tools import GRADIENT, OUTPUT, check_module, difference, listed, load, section
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.unipt import UniPT
+from sherl_pipe.stages.methods.interaction import causal_interaction, parallel_interaction
+from sherl_pipe.stages.methods.unipt import UniPT, from_reference
 from sherl_pipe.stages.methods.unipt_clip import ClipUniPT
 from sherl_pipe.stages.methods.unipt_maps import MapUniPT
 from sherl_pipe.stages.quantize import turn
+from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
 
@@ -28,7 +31,7 @@ def mask_of(inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_over_tokens(variant: str, stacked: bool) -> None:
     _, tensors = load(f"unipt_{variant}")
-    module = UniPT.from_reference(section(tensors, "param."), variant)
+    module = from_reference(section(tensors, "param."), variant)
 
     def run(module: UniPT, inputs: dict[str, Tensor]) -> Tensor:
         taps = torch.stack(listed(inputs)) if stacked else listed(inputs)
@@ -91,6 +94,58 @@ def test_tokens_do_not_see_the_padding(variant: str) -> None:
     assert difference(out[:, :3], module(taps[:, :, :3])) < GRADIENT
 
 
+def one_by_one(
+    reduced: Tensor, seen: Tensor, memory: Tensor, inside: Tensor, weight: Tensor, epsilon: float
+) -> Tensor:
+    """`causal_interaction` of `[K, B, Q, h]`, a position and a target at a time."""
+    out = torch.zeros(reduced.shape[1], seen.shape[0], reduced.shape[3])
+    for example, place in product(range(out.shape[0]), range(out.shape[1])):
+        own = reduced.shape[2] - seen.shape[0] + place
+        past = [reduced[k, example][seen[place]] for k in range(len(reduced))]
+        anchor, mean = reduced[-1, example, own], past[-1].mean(0)
+        targets = [*past[:-1], memory[example][inside[example]]]
+        merged, trust = [], []
+        for number, target in enumerate(targets):
+            scores = (target @ anchor).clamp(min=0)
+            found = (scores / (scores.sum() + epsilon)) @ target
+            merged.append(found + (reduced[number, example, own] if number < len(past) - 1 else 0))
+            trust.append(weight @ (mean * target.mean(0)))
+        shares = torch.stack(trust).softmax(0)
+        out[example, place] = (shares[:, None] * torch.stack(merged)).sum(0)
+    return out
+
+
+@pytest.mark.parametrize("asked", [5, 2])
+def test_positions_look_at_what_they_see_alone(asked: int) -> None:
+    """On a tree of label words: nodes see their own path, and the tokens of a memory."""
+    torch.manual_seed(0)
+    tree = PrefixTree(0, ((4, 5, 1), (4, 6, 1), (7, 1)))
+    assert tree.nodes == [(0,), (0, 4), (0, 7), (0, 4, 5), (0, 4, 6)]
+    paths = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4]]
+    assert [row.nonzero().flatten().tolist() for row in tree.ancestry] == paths
+    reduced, memory, weight = torch.randn(3, 2, 5, 4), torch.randn(2, 6, 4), torch.randn(4)
+    inside = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
+    seen = tree.ancestry[-asked:]
+    found = causal_interaction(
+        reduced, seen[None].float(), memory, inside.float(), weight, torch.tensor(0.3), 1e-2
+    )
+    expected = one_by_one(reduced, seen, memory, inside, weight, 1e-2)
+    assert difference(found, expected) < OUTPUT
+
+
+def test_a_memory_that_nobody_trusts_leaves_the_published_interaction() -> None:
+    """What the last of several positions finds is then what it finds in UniPT itself."""
+    torch.manual_seed(0)
+    reduced, weight = torch.randn(3, 2, 5, 4), torch.randn(4)
+    mean = reduced[-1].mean(1, keepdim=True)
+    far = -1e4 * weight * mean  # w . (mean z * n) is far below that of any target
+    past = torch.ones(5, 5).tril()[None]
+    bias = torch.tensor(0.3)
+    found = causal_interaction(reduced, past, far, torch.ones(2, 1), weight, bias, 1e-2)
+    expected = parallel_interaction(reduced[:-1], reduced[-1], weight, bias, 1e-2)
+    assert difference(found[:, -1], expected[:, -1]) < OUTPUT
+
+
 def test_start() -> None:
     torch.manual_seed(0)
     bert = UniPT(80, 40, 3, 60, "bert").reference_parameters()
@@ -150,7 +205,7 @@ def test_parameters_that_do_not_fit(name: str, variant: str, first: str) -> None
     ]
     for change, message in bad:
         with pytest.raises(InputError, match=message):
-            UniPT.from_reference(change(params), variant)
+            from_reference(change(params), variant)
 
 
 @pytest.mark.parametrize(

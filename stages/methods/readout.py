@@ -105,5 +105,7 @@ def pool_matrix(packed: Packed, pool: str) -> Tensor:
     starts = ends - lengths[:, None]
     if pool == "first":
         return (places == starts).to(packed.states.dtype)
+    if pool == "last":
+        return (places == ends - 1).to(packed.states.dtype)
     mine = (places >= starts) & (places < ends)
     return mine.to(packed.states.dtype) / lengths[:, None]
