@@ -220,7 +220,8 @@ def cached(
         tuner.step(next(source), optimizer, 1, 100)
 
     if profile:
-        step(), step()
+        for _ in range(2):
+            step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             for _ in range(len(chosen) - 2):
                 step()
