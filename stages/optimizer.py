@@ -1,13 +1,24 @@
-"""The optimizer of a tuning."""
+"""The optimizer of a tuning, and what it is given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.settings import TuneSettings
-from torch import nn
+from torch import Tensor, nn
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Shorten all gradients together to the norm `most`, if they are longer; returns the norm that
+    they had."""
+    held = [each for each in parameters if each.grad is not None]
+    norm = nn.utils.get_total_norm([each.grad for each in held if each.grad is not None])
+    # Otherwise every gradient would be read and written once more to be multiplied by one.
+    if norm > most:
+        nn.utils.clip_grads_with_norm_(held, most, total_norm=norm)
+    return norm
 
 
 def make_optimizer(

@@ -107,11 +107,11 @@ def _load(
         if not keep and tokens is not None and head in names:
             keep = tokens
         values, hashes = read_and_hash(stored, names, keep)
-        if values is None or keep is not True:
-            if values is not None:
-                backbone.words = WordHead(values.to(device), tokens or ())
-            values = torch.empty(stored.shape, dtype=torch.float32, device="meta")
-        return stored, values.to(values.device if values.is_meta else device), hashes
+        if values is not None and keep is True:
+            return stored, values.to(device), hashes
+        if values is not None:
+            backbone.words = WordHead(values.to(device), tokens or ())
+        return stored, torch.empty(stored.shape, dtype=torch.float32, device="meta"), hashes
 
     # The largest first, so that the others are not done long before it.
     order = sorted(groups, key=lambda stored: stored.elements * len(groups[stored]), reverse=True)

@@ -18,13 +18,13 @@ from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, put_weights, s
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, trainable
-from sherl_pipe.stages.optimizer import make_optimizer
+from sherl_pipe.stages.optimizer import clip_gradients, make_optimizer
 from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.words import Scoring
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 RESULT_NAME = "result.json"
@@ -186,14 +186,8 @@ class Tuner:
         for group in optimizer.param_groups:
             rate = self.settings.lr * schedule(step, total, self.settings.warmup)
             group["lr"] = group["share"] * rate
-        found = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(found)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(clip_gradients(self.parameters.values(), self.settings.clip)):
             raise self._not_finite(f"the gradient at step {step} is")
-        if norm > self.settings.clip:
-            nn.utils.clip_grads_with_norm_(
-                self.parameters.values(), self.settings.clip, total_norm=norm
-            )
         optimizer.step()
 
     def finish(self, outputs: Tensor, **costs: float) -> TuneResult:

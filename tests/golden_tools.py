@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sherl_pipe.cache import InputError
 from sherl_pipe.stages.methods.published import Published
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
@@ -90,3 +92,46 @@ def backbone(file: str) -> T5ForConditionalGeneration:
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and all("embed_tokens" in name or "lm_head" in name for name in missing)
     return model.eval()
+
+
+def check_generation(
+    model: Any, meta: dict[str, Any], tensors: dict[str, Tensor], use_cache: bool
+) -> None:
+    """Greedy ids are those of the papers' programs, and so are the logits behind them."""
+    inputs = section(tensors, "input.")
+    ids = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_length=meta["generation"]["max_length"],
+        num_beams=1,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    assert torch.equal(ids, tensors["output.generated_ids"])
+    out = model(inputs["input_ids"], inputs["attention_mask"], decoder_input_ids=ids[:, :-1])
+    assert difference(out.logits, tensors["output.generated_logits"]) < LOGITS
+
+
+def check_refusals(
+    read: Callable[[dict[str, Tensor]], Any], params: Mapping[str, Tensor], first: str, last: str
+) -> None:
+    """Published parameters that do not fit are refused, each naming what is wrong.
+
+    Args:
+        read: makes a module of them.
+        params: all of them, as they should be.
+        first: the one that sizes are read from.
+        last: another.
+    """
+    whole = dict(params)
+    bad = [
+        (whole | {"extra": torch.zeros(1)}, r"found unknown \['extra'\]\.$"),
+        ({k: v for k, v in whole.items() if k != last}, rf"found no \['{last}'\]\.$"),
+        ({k: v for k, v in whole.items() if k != first}, f"expected {first}, found "),
+        (whole | {first: torch.zeros(3)}, rf"axes of {first}: expected [24], found \[3\]"),
+        (whole | {last: torch.zeros(1, 1, 7)}, f"shape of {last}: expected .* found "),
+        ({}, r"parameters: expected .*, found \[\]"),
+    ]
+    for changed, message in bad:
+        with pytest.raises(InputError, match=message):
+            read(changed)

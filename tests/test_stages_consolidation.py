@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tools import GRADIENT, check_module, difference, listed, load, section
+from golden_tools import GRADIENT, check_module, check_refusals, difference, listed, load, section
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
@@ -123,9 +123,6 @@ def test_start_of_maps() -> None:
     assert named["gate_params"].item() == 0 and out.shape == last.shape and out.min() >= 0
 
 
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
 @pytest.mark.parametrize(
     ("name", "variant", "first"),
     [
@@ -139,17 +136,7 @@ def test_parameters_that_do_not_fit(name: str, variant: str, first: str) -> None
     _, tensors = load(name)
     params = section(tensors, "param.")
     last = sorted(params)[-1]
-    bad: list[tuple[Change, str]] = [
-        (lambda p: p | {"extra": torch.zeros(1)}, r"found unknown \['extra'\]\.$"),
-        (lambda p: {k: v for k, v in p.items() if k != last}, rf"found no \['{last}'\]\.$"),
-        (lambda p: {k: v for k, v in p.items() if k != first}, f"expected {first}, found "),
-        (lambda p: p | {first: torch.zeros(3)}, rf"axes of {first}: expected [24], found \[3\]"),
-        (lambda p: p | {last: torch.zeros(1, 1, 7)}, f"shape of {last}: expected .* found "),
-        (lambda p: {}, r"parameters: expected .*, found \[\]"),
-    ]
-    for change, message in bad:
-        with pytest.raises(InputError, match=message):
-            Consolidation.from_reference(change(params), variant)
+    check_refusals(lambda found: Consolidation.from_reference(found, variant), params, first, last)
 
 
 def test_variants_that_do_not_exist() -> None:

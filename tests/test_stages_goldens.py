@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tools import LOGITS, OUTPUT, backbone, check_gradients, difference, load, section
+from golden_tools import (
+    LOGITS,
+    OUTPUT,
+    backbone,
+    check_generation,
+    check_gradients,
+    difference,
+    load,
+    section,
+)
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.adapter import TunedModel, load_reference
 from sherl_pipe.stages.methods.consolidation import Consolidation
@@ -84,19 +93,7 @@ def test_t5_forward_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", T5_CASES)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_t5_generation(name: str, use_cache: bool) -> None:
-    model, meta, tensors = _live(name)
-    inputs = section(tensors, "input.")
-    ids = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_length=meta["generation"]["max_length"],
-        num_beams=1,
-        do_sample=False,
-        use_cache=use_cache,
-    )
-    assert torch.equal(ids, tensors["output.generated_ids"])
-    out = model(inputs["input_ids"], inputs["attention_mask"], decoder_input_ids=ids[:, :-1])
-    assert difference(out.logits, tensors["output.generated_logits"]) < LOGITS
+    check_generation(*_live(name), use_cache)
 
 
 def test_two_adapters_share_one_backbone() -> None:

@@ -13,6 +13,7 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
+from sherl_pipe.stages.surgery import share
 from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
@@ -85,14 +86,14 @@ class Route(nn.Module):
         """
 
     @staticmethod
-    @abstractmethod
     def hidden(
         routes: Sequence[Any],
         fused: Sequence[tuple[Tensor, ...]],
         batches: Sequence[Mapping[str, Packed]],
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
-        """What each route's head reads, all routes going through the late blocks at once.
+        """What each route's head reads, all routes going through the late blocks at once; of routes
+        without any it is the one thing that `fuse` gives.
 
         Args:
             routes: of this class, on one backbone.
@@ -101,6 +102,7 @@ class Route(nn.Module):
                 example, or, with `tree`, those of all its nodes.
             tree: label words; text-to-text backbones only.
         """
+        return [states for (states,) in fused]
 
     @abstractmethod
     def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
@@ -116,6 +118,56 @@ class Route(nn.Module):
         if self.late is not None:
             self.late.eval()
         return self
+
+
+class PooledRoute(Route):
+    """A route on the only stack of a backbone, which ends in a pooled head.
+
+    Attributes:
+        head: trained, from the backbone's width to `spec.outputs`.
+    """
+
+    head: nn.Linear
+
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream."""
+        return {"hidden": self.spec.taps["hidden"]}
+
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """`[B, outputs]` of `[B, d]`; there are no tokens."""
+        out: Tensor = self.head(hidden)
+        return out
+
+
+class WordRoute(Route):
+    """A route on an encoder-decoder, which ends in the backbone's own head over the vocabulary.
+
+    Args:
+        backbone: the frozen model.
+        spec: the route's structure.
+
+    Attributes:
+        lm_head: the frozen head.
+        scale: of the states in front of it.
+    """
+
+    def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
+        super().__init__()
+        model: Any = backbone.model
+        self.spec = spec
+        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
+        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
+
+    def reads(self) -> dict[str, tuple[int, ...]]:
+        """Taps needed from a cache, per stream."""
+        return dict(self.spec.taps)
+
+    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
+        if tokens is None:
+            whole: Tensor = self.lm_head(hidden)
+            return whole
+        return functional.linear(hidden, *head_rows(self.lm_head, tokens))
 
 
 class Method(ABC):
@@ -189,15 +241,6 @@ class Method(ABC):
         raise InputError(
             explain("method", expected="one that was published for T5: sherl, lst", found="another")
         )
-
-
-def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None) -> Tensor:
-    """`[..., V]` of `[..., d]` by a language model's head; V is the vocabulary, or `tokens` of
-    it."""
-    if tokens is None:
-        whole: Tensor = head(hidden)
-        return whole
-    return functional.linear(hidden, *head_rows(head, tokens))
 
 
 def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:

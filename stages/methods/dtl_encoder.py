@@ -14,7 +14,7 @@ from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.add_backs import adding_back
 from sherl_pipe.stages.methods.base import (
     Method,
-    Route,
+    PooledRoute,
     RouteSpec,
     cached_taps,
     pooled,
@@ -31,7 +31,7 @@ RANK = 2  # as published
 KERNEL = 3  # of DTL+
 
 
-class DtlEncoder(Route):
+class DtlEncoder(PooledRoute):
     """DTL on an encoder: the cached blocks' reports at once, the late blocks live with what is
     added behind each of them, a pooled head (SPEC 5).
 
@@ -60,10 +60,6 @@ class DtlEncoder(Route):
         self.late = late_encoder(backbone, spec.late)
         self._path = backbone.family.streams["hidden"]
         self.head = nn.Linear(width, spec.outputs)
-
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {"hidden": self.spec.taps["hidden"]}
 
     def fuse(
         self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
@@ -94,11 +90,6 @@ class DtlEncoder(Route):
             pooled(states, mask, route.spec.pool)
             for route, (states, mask) in zip(routes, found, strict=True)
         ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, outputs]` of `[B, d]`; there are no tokens."""
-        out: Tensor = self.head(hidden)
-        return out
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone with the side network hooked in; its weights are shared."""

@@ -8,7 +8,7 @@ from typing import Any
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.add_backs import adding_back
-from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
+from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.dtl import CompactSide
 from sherl_pipe.stages.methods.late import decode_late, on_paths
 from sherl_pipe.stages.methods.live import two_memories
@@ -17,7 +17,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class DtlSeq2Seq(Route):
+class DtlSeq2Seq(WordRoute):
     """DTL on T5, which the paper does not have.
 
     Each stack has a side network. The encoder's is added behind the last block alone, in front of
@@ -34,8 +34,7 @@ class DtlSeq2Seq(Route):
     late: nn.Module
 
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(backbone, spec)
         model: Any = backbone.model
         width = backbone.width
         rank = width // spec.reduction
@@ -47,12 +46,6 @@ class DtlSeq2Seq(Route):
         self.late = late_decoder(backbone, spec.late)
         self.encoder_norm: nn.Module = share(model.encoder.final_layer_norm)
         self.decoder_norm: nn.Module = share(model.decoder.final_layer_norm)
-        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
-
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return dict(self.spec.taps)
 
     def fuse(
         self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
@@ -96,10 +89,6 @@ class DtlSeq2Seq(Route):
             route.decoder_norm(states) * route.scale
             for route, states in zip(routes, found, strict=True)
         ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        return word_logits(self.lm_head, hidden, tokens)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live T5 with both side networks in it; its weights are shared."""

@@ -12,27 +12,46 @@ from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from torch import Tensor, nn
 
 
-def live_encoder(
-    backbone: Backbone, taps: Sequence[int], states_of: Callable[[Tensor, Tensor], Tensor]
+def live_stack(
+    backbone: Backbone, taps: Sequence[int], states_of: Callable[[Tensor, dict[str, Any]], Tensor]
 ) -> nn.Module:
     """An encoder up to the last of some taps, whose output is made of them; weights are shared.
 
     Args:
         backbone: the frozen model.
         taps: ascending.
-        states_of: from taps `[K, B, S, d]` and a mask `[B, S]`, True where there is a token, to
-            the output `[B, S, d]`.
+        states_of: from taps `[K, B, S, d]` and what the encoder was called with to the output
+            `[B, S, d]`.
     """
     model = cut_after(backbone, "hidden", taps[-1])
     recorder = TapRecorder(blocks_of(model, backbone.family, "hidden"), taps)
 
     def replace(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        stacked = recorder.stacked(taps)
-        output.last_hidden_state = states_of(stacked, inside(kwargs.get("attention_mask"), stacked))
+        output.last_hidden_state = states_of(recorder.stacked(taps), kwargs)
         return output
 
     model.register_forward_hook(replace, with_kwargs=True)
     return model
+
+
+def live_encoder(
+    backbone: Backbone, taps: Sequence[int], states_of: Callable[[Tensor, Tensor], Tensor]
+) -> nn.Module:
+    """`live_stack` for states that depend on a mask `[B, S]` alone, True where there is a token."""
+
+    def masked(stacked: Tensor, told: dict[str, Any]) -> Tensor:
+        return states_of(stacked, inside(told.get("attention_mask"), stacked))
+
+    return live_stack(backbone, taps, masked)
+
+
+def enter_with(block: nn.Module, states_of: Callable[[], Tensor]) -> None:
+    """Let a block take other states than it is given; `states_of` is called when it is."""
+
+    def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (states_of(), *args[1:]), kwargs
+
+    block.register_forward_pre_hook(substitute, with_kwargs=True)
 
 
 def inside(mask: Tensor | None, taps: Tensor) -> Tensor:

@@ -13,18 +13,17 @@ from typing import Any, ClassVar
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Method, Route, RouteSpec, pooled
+from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection, side_of
+from sherl_pipe.stages.methods.live import live_stack
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
-from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.taps import paper_blocks
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class LstEncoder(Route):
+class LstEncoder(PooledRoute):
     """LST on an encoder: the ladder, its way back to the backbone's width, a pooled head.
 
     Args:
@@ -40,10 +39,6 @@ class LstEncoder(Route):
         self.upsample = projection(self.ladder.first.out_features, backbone.width)
         self.head = nn.Linear(backbone.width, spec.outputs)
 
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {"hidden": self.spec.taps["hidden"]}
-
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Pooled states `[B, d]`; there is no tree."""
         packed = streams["hidden"]
@@ -52,36 +47,15 @@ class LstEncoder(Route):
         # Pooling is linear too, and leaves little to be brought back to the full width.
         return (self.upsample(pooled(side, mask, self.spec.pool)),)
 
-    @staticmethod
-    def hidden(
-        routes: Sequence[LstEncoder],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """What `fuse` gave: no frozen block runs."""
-        return [states for (states,) in fused]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, outputs]` of `[B, d]`; there are no tokens."""
-        out: Tensor = self.head(hidden)
-        return out
-
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving the ladder's states; weights are shared."""
-        taps = self.spec.taps["hidden"]
-        model = cut_after(backbone, "hidden", taps[-1])
-        recorder = TapRecorder(blocks_of(model, backbone.family, "hidden"), taps)
 
-        def climb(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            reduced = self.ladder.reduce_live(recorder.stacked(taps))
-            told = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
-            side = self.ladder(reduced, **told)
-            output.last_hidden_state = self.upsample(side)
-            return output
+        def climb(stacked: Tensor, told: dict[str, Any]) -> Tensor:
+            kept = {name: told.get(name) for name in ("attention_mask", "position_ids")}
+            side: Tensor = self.upsample(self.ladder(self.ladder.reduce_live(stacked), **kept))
+            return side
 
-        model.register_forward_hook(climb, with_kwargs=True)
-        return model
+        return live_stack(backbone, self.spec.taps["hidden"], climb)
 
 
 class Lst(Method):
@@ -95,10 +69,6 @@ class Lst(Method):
     def late_blocks(late: int) -> dict[str, int]:
         """None. Streams are named all the same: side blocks start from T5's position tables."""
         return {"hidden": 0, "encoder": 0, "decoder": 0}
-
-    @staticmethod
-    def variant(family: Family) -> None:
-        """There is one."""
 
     @staticmethod
     def choose_taps(

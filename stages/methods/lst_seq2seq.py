@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
+from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder
+from sherl_pipe.stages.methods.live import two_memories
 from sherl_pipe.stages.methods.published import Names, Published, pair
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 STREAMS = ("encoder", "decoder")
 
 
-class LstSeq2Seq(Route, Published):
+class LstSeq2Seq(WordRoute, Published):
     """LST on T5 (SPEC 4): a ladder beside each stack, the decoder's attending to the encoder's.
 
     Args:
@@ -28,8 +28,8 @@ class LstSeq2Seq(Route, Published):
     """
 
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec, self.late = spec, None
+        super().__init__(backbone, spec)
+        self.late = None
         model: Any = backbone.model
 
         def ladder(stream: str) -> Ladder:
@@ -38,12 +38,6 @@ class LstSeq2Seq(Route, Published):
 
         self.encoder, self.decoder = ladder("encoder"), ladder("decoder")
         self.upsample = projection(self.decoder.first.out_features, backbone.width)
-        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
-
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {stream: self.spec.taps[stream] for stream in STREAMS}
 
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """States `[B, P, d]` for the head, P being the nodes of a tree if there is one."""
@@ -66,26 +60,11 @@ class LstSeq2Seq(Route, Published):
             out = out[:, tree.first_places().to(out.device)]
         return (self.upsample(out) * self.scale,)
 
-    @staticmethod
-    def hidden(
-        routes: Sequence[LstSeq2Seq],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """What `fuse` gave: no frozen block runs."""
-        return [states for (states,) in fused]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        return word_logits(self.lm_head, hidden, tokens)
-
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live T5 with both ladders beside it; its weights are shared.
 
-        The encoder hands on the frozen and the side memory side by side, `[B, S, d + h]`, so that
-        whatever `generate` does to encoder outputs (beams, batches) happens to both. Keys and
-        values of the side blocks are in the model's own KV cache, behind those of its blocks.
+        Keys and values of the side blocks are in the model's own KV cache, behind those of its
+        blocks.
         """
         model: Any = share(backbone.model)
         width, taps = backbone.width, self.reads()
@@ -93,19 +72,10 @@ class LstSeq2Seq(Route, Published):
         decoder_states = TapRecorder(model.decoder.block, taps["decoder"])
         depth, rungs = len(model.decoder.block), len(self.decoder.layers)
 
-        def both_memories(
-            _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Any:
+        def memory(mask: Tensor | None) -> Tensor:
             reduced = self.encoder.reduce_live(encoder_states.stacked(taps["encoder"]))
-            side = self.encoder(reduced, attention_mask=kwargs.get("attention_mask"))
-            output.last_hidden_state = torch.cat([output.last_hidden_state, side], dim=-1)
-            return output
-
-        def frozen_half(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            state, attention, bias, memory, *rest = args
-            # Torch takes both parts for trained because one is; backpropagation would run through
-            # all the frozen blocks for nothing.
-            return (state, attention, bias, memory[..., :width].detach(), *rest), kwargs
+            side: Tensor = self.encoder(reduced, attention_mask=mask)
+            return side
 
         def climb(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             cache = output.past_key_values
@@ -120,9 +90,7 @@ class LstSeq2Seq(Route, Published):
             output.last_hidden_state = self.upsample(out)
             return output
 
-        model.encoder.register_forward_hook(both_memories, with_kwargs=True)
-        for block in model.decoder.block:
-            block.register_forward_pre_hook(frozen_half, with_kwargs=True)
+        two_memories(model, width, memory, depth)
         model.decoder.register_forward_hook(climb, with_kwargs=True)
         live: nn.Module = model
         return live

@@ -6,14 +6,14 @@ taps, as SUPERB has it for speech (Yang et al., Interspeech 2021).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import POOLS, Route, RouteSpec
+from sherl_pipe.stages.methods.base import POOLS, PooledRoute, RouteSpec
 from sherl_pipe.stages.methods.live import live_encoder
 from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.words import PrefixTree
@@ -46,7 +46,7 @@ class TapWeights(nn.Module):
         return mixed
 
 
-class ReadoutEncoder(Route):
+class ReadoutEncoder(PooledRoute):
     """A pooled head on the taps of an encoder.
 
     Args:
@@ -60,10 +60,6 @@ class ReadoutEncoder(Route):
         self.mix = TapWeights(len(spec.taps["hidden"]))
         self.head = nn.Linear(backbone.width, spec.outputs)
 
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {"hidden": self.spec.taps["hidden"]}
-
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Pooled states `[B, d]`; there is no tree."""
         packed = streams["hidden"]
@@ -71,21 +67,6 @@ class ReadoutEncoder(Route):
         # is learned one row per example is left.
         pooled = pool_matrix(packed, self.spec.pool) @ packed.states
         return (turn(self.mix(pooled), packed.group),)
-
-    @staticmethod
-    def hidden(
-        routes: Sequence[ReadoutEncoder],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """What `fuse` gave: no frozen block runs."""
-        return [states for (states,) in fused]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, outputs]` of `[B, d]`; there are no tokens."""
-        out: Tensor = self.head(hidden)
-        return out
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving the sum of its taps; weights are shared."""

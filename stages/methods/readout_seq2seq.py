@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
+from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.parts import trained_copy
 from sherl_pipe.stages.methods.readout import TapWeights
@@ -18,7 +18,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class ReadoutSeq2Seq(Route):
+class ReadoutSeq2Seq(WordRoute):
     """A trained copy of T5's final norm on decoder states, in front of the frozen head.
 
     A head of the words' rows behind a trained gain g tells two words apart by
@@ -37,15 +37,12 @@ class ReadoutSeq2Seq(Route):
     """
 
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(backbone, spec)
         model: Any = backbone.model
         self.late = late_decoder(backbone, spec.late) if spec.late else None
         self.memory_norm: nn.Module = share(model.encoder.final_layer_norm)
         self.mix = TapWeights(len(self._summed(backbone)))
         self.norm = trained_copy(model.decoder.final_layer_norm)
-        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def _summed(self, backbone: Backbone) -> tuple[int, ...]:
         """Taps of the live decoder that are summed."""
@@ -101,10 +98,6 @@ class ReadoutSeq2Seq(Route):
         return [
             route.norm(states) * route.scale for route, states in zip(routes, sums, strict=True)
         ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        return word_logits(self.lm_head, hidden, tokens)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live T5 with the sum in front of the trained norm; its weights are shared."""

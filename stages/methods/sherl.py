@@ -15,8 +15,10 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Method, Route, RouteSpec, joined, pooled
+from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import INITIALISATIONS, Consolidation
+from sherl_pipe.stages.methods.late import encode_late
+from sherl_pipe.stages.methods.live import enter_with
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
 from sherl_pipe.stages.taps import paper_taps
@@ -24,7 +26,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class SherlEncoder(Route):
+class SherlEncoder(PooledRoute):
     """SHERL on an encoder: consolidation, the last frozen blocks, a pooled head (SPEC 2.3).
 
     Args:
@@ -44,16 +46,6 @@ class SherlEncoder(Route):
         self.late = late_encoder(backbone, spec.late)
         self.head = nn.Linear(width, spec.outputs)
 
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {"hidden": self.spec.taps["hidden"]}
-
-    def forward(self, hidden: Packed) -> Tensor:
-        """Logits `[B, outputs]` of cached features."""
-        streams = {"hidden": hidden}
-        (states,) = self.hidden([self], [self.fuse(streams)], [streams])
-        return self.logits(states)
-
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Consolidated states `[n, d]`."""
         packed = streams["hidden"]
@@ -67,21 +59,11 @@ class SherlEncoder(Route):
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
         """Pooled states `[B, d]` of each route's batch; there is no tree."""
-        packed = [streams["hidden"] for streams in batches]
-        size = max(each.longest for each in packed)
-        masks = [each.mask(size) for each in packed]
-        padded = [each.pad(states, size) for each, (states,) in zip(packed, fused, strict=True)]
-        out = routes[0].late(inputs_embeds=joined(padded), attention_mask=joined(masks).long())
-        parts = out.last_hidden_state.split([len(mask) for mask in masks])
+        found = encode_late(routes[0].late, [states for (states,) in fused], batches)
         return [
-            pooled(part, mask, route.spec.pool)
-            for route, part, mask in zip(routes, parts, masks, strict=True)
+            pooled(states, mask, route.spec.pool)
+            for route, (states, mask) in zip(routes, found, strict=True)
         ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, outputs]` of `[B, d]`; there are no tokens."""
-        out: Tensor = self.head(hidden)
-        return out
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone with the consolidation hooked in; its weights are shared."""
@@ -90,12 +72,12 @@ class SherlEncoder(Route):
         taps = self.spec.taps["hidden"]
         recorder = TapRecorder(blocks, taps)
 
-        def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def consolidated() -> Tensor:
             stacked = recorder.stacked(taps)
-            state = self.consolidation(stacked, stacked[-1])
-            return (state, *args[1:]), kwargs
+            state: Tensor = self.consolidation(stacked, stacked[-1])
+            return state
 
-        blocks[taps[-1]].register_forward_pre_hook(substitute, with_kwargs=True)
+        enter_with(blocks[taps[-1]], consolidated)
         return model
 
 

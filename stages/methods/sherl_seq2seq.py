@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, joined, word_logits
+from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.consolidation import Consolidation
+from sherl_pipe.stages.methods.late import decode_late
+from sherl_pipe.stages.methods.live import enter_with, two_memories
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class SherlSeq2Seq(Route):
+class SherlSeq2Seq(WordRoute):
     """SHERL on T5 (SPEC 3): both stacks consolidated, the last decoder blocks as late route.
 
     Args:
@@ -29,8 +30,7 @@ class SherlSeq2Seq(Route):
     late: nn.Module
 
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(backbone, spec)
         width = backbone.width
         model: Any = backbone.model
 
@@ -51,8 +51,6 @@ class SherlSeq2Seq(Route):
         self.encoder_norm = side_norm(model.encoder.final_layer_norm)
         self.decoder_norm = side_norm(model.decoder.final_layer_norm)
         self.late = late_decoder(backbone, spec.late)
-        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream; the last feature at the end."""
@@ -61,12 +59,6 @@ class SherlSeq2Seq(Route):
             listed, last = self.spec.taps[stream], self.spec.last[stream]
             taps[stream] = listed if listed[-1] == last else (*listed, last)
         return taps
-
-    def forward(self, encoder: Packed, decoder: Packed) -> Tensor:
-        """Logits `[B, P, vocabulary]` of cached features at P positions per example."""
-        streams = {"encoder": encoder, "decoder": decoder}
-        (states,) = self.hidden([self], [self.fuse(streams)], [streams])
-        return self.logits(states)
 
     def fuse(
         self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
@@ -83,37 +75,17 @@ class SherlSeq2Seq(Route):
         tree: PrefixTree | None = None,
     ) -> list[Tensor]:
         """States `[B, P, d]` of each route's batch, P being the nodes of a tree if there is one."""
-        encoders = [streams["encoder"] for streams in batches]
         decoders = [streams["decoder"] for streams in batches]
-        size, positions = (max(e.longest for e in packed) for packed in (encoders, decoders))
-        memory = [each.pad(states, size) for each, (states, _) in zip(encoders, fused, strict=True)]
-        inputs = joined(
-            [each.pad(states, positions) for each, (_, states) in zip(decoders, fused, strict=True)]
-        )
-        mask = None
-        if tree is not None:
-            # Nodes that several paths share stand in each of them.
-            inputs = inputs[:, tree.flat_nodes]
-            mask = tree.flat_mask(inputs.dtype).to(inputs.device)
-        late = routes[0].late(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            encoder_hidden_states=joined(memory),
-            encoder_attention_mask=joined([each.mask(size) for each in encoders]).long(),
-            use_cache=False,
-        )
-        out = late.last_hidden_state
-        if tree is not None:
-            out = out[:, tree.first_places().to(out.device)]
-        parts = out.split([len(each.lengths) for each in encoders])
+        positions = max(each.longest for each in decoders)
+        inputs = [
+            each.pad(states, positions) for each, (_, states) in zip(decoders, fused, strict=True)
+        ]
+        memories = [memory for memory, _ in fused]
+        parts = decode_late(routes[0].late, inputs, memories, batches, tree)
         return [
             route.decoder_norm(part) * route.scale
             for route, part in zip(routes, parts, strict=True)
         ]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        return word_logits(self.lm_head, hidden, tokens)
 
     def _consolidate(self, stream: str, packed: Packed) -> Tensor:
         count = len(self.spec.taps[stream])
@@ -122,14 +94,8 @@ class SherlSeq2Seq(Route):
         return state
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both consolidations hooked in; its weights are shared.
-
-        The encoder hands on the frozen and the side memory side by side, `[B, S, 2d]`, so that
-        whatever `generate` does to encoder outputs (beams, batches) happens to both; every
-        decoder block then takes its half.
-        """
+        """The live T5 with both consolidations hooked in; its weights are shared."""
         model: Any = share(backbone.model)
-        width = backbone.width
         encoder_taps, decoder_taps = self.reads()["encoder"], self.reads()["decoder"]
         encoder_states = TapRecorder(model.encoder.block, encoder_taps)
         decoder_states = TapRecorder(model.decoder.block, decoder_taps)
@@ -142,28 +108,12 @@ class SherlSeq2Seq(Route):
             state: Tensor = module(recorder.stacked(taps), last)
             return state
 
-        def both_memories(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            side = self.encoder_norm(consolidate("encoder", encoder_states))
-            output.last_hidden_state = torch.cat([output.last_hidden_state, side], dim=-1)
-            return output
+        def memory(_: Tensor | None) -> Tensor:
+            side: Tensor = self.encoder_norm(consolidate("encoder", encoder_states))
+            return side
 
-        def take_half(number: int) -> Any:
-            late = number >= first_late
-
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                state, attention, bias, memory, *rest = args
-                # Torch takes both halves for trained because one is; backpropagation would run
-                # through all the frozen blocks for nothing.
-                memory = memory[..., width:] if late else memory[..., :width].detach()
-                if number == first_late:
-                    state = consolidate("decoder", decoder_states)
-                return (state, attention, bias, memory, *rest), kwargs
-
-            return hook
-
-        model.encoder.register_forward_hook(both_memories)
-        for number, block in enumerate(model.decoder.block):
-            block.register_forward_pre_hook(take_half(number), with_kwargs=True)
+        two_memories(model, backbone.width, memory, first_late)
+        enter_with(model.decoder.block[first_late], lambda: consolidate("decoder", decoder_states))
         model.decoder.final_layer_norm = self.decoder_norm
         live: nn.Module = model
         return live

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sherl_pipe.stages.backbone import Backbone
@@ -11,7 +11,7 @@ from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import (
     Method,
-    Route,
+    PooledRoute,
     RouteSpec,
     cached_taps,
     pooled,
@@ -24,7 +24,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class UniptEncoder(Route):
+class UniptEncoder(PooledRoute):
     """UniPT over all taps of an encoder, and a pooled head (SPEC 6.5).
 
     Args:
@@ -40,10 +40,6 @@ class UniptEncoder(Route):
         self.side = UniPT(width, width // spec.reduction, taps, width, spec.variant or "")
         self.head = nn.Linear(width, spec.outputs)
 
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return {"hidden": self.spec.taps["hidden"]}
-
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Pooled states `[B, d]`; there is no tree."""
         packed = streams["hidden"]
@@ -51,21 +47,6 @@ class UniptEncoder(Route):
         reduced = reduce_packed(self.side, packed)
         states = self.side.expand(reduced[-1], self.side.interact(reduced, mask))
         return (pooled(states, mask, self.spec.pool),)
-
-    @staticmethod
-    def hidden(
-        routes: Sequence[UniptEncoder],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """What `fuse` gave: no frozen block runs."""
-        return [states for (states,) in fused]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, outputs]` of `[B, d]`; there are no tokens."""
-        out: Tensor = self.head(hidden)
-        return out
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving UniPT's states; its weights are shared."""

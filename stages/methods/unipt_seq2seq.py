@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, word_logits
+from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.interaction import causal_interaction
 from sherl_pipe.stages.methods.live import inside, two_memories
 from sherl_pipe.stages.methods.parts import trained_copy
@@ -18,7 +18,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
-class UniptSeq2Seq(Route):
+class UniptSeq2Seq(WordRoute):
     """UniPT on T5, which the paper does not have.
 
     One UniPT over the encoder's taps gives a memory of the reduced width, behind a norm as every
@@ -33,8 +33,8 @@ class UniptSeq2Seq(Route):
     """
 
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
-        super().__init__()
-        self.spec, self.late = spec, None
+        super().__init__(backbone, spec)
+        self.late = None
         model: Any = backbone.model
         width = backbone.width
         hidden, variant = width // spec.reduction, spec.variant or ""
@@ -42,12 +42,6 @@ class UniptSeq2Seq(Route):
         self.encoder_norm = nn.LayerNorm(hidden)
         self.decoder = UniPT(width, hidden, len(spec.taps["decoder"]), width, variant)
         self.decoder_norm = trained_copy(model.decoder.final_layer_norm)
-        self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = width**-0.5 if model.config.scale_decoder_outputs else 1.0
-
-    def reads(self) -> dict[str, tuple[int, ...]]:
-        """Taps needed from a cache, per stream."""
-        return dict(self.spec.taps)
 
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """States `[B, P, d]` for the head, P being the nodes of a tree if there is one.
@@ -82,20 +76,6 @@ class UniptSeq2Seq(Route):
         anchor = reduced[-1, :, -seen.shape[1] :]
         states: Tensor = self.decoder_norm(self.decoder.expand(anchor, found))
         return states
-
-    @staticmethod
-    def hidden(
-        routes: Sequence[UniptSeq2Seq],
-        fused: Sequence[tuple[Tensor, ...]],
-        batches: Sequence[Mapping[str, Packed]],
-        tree: PrefixTree | None = None,
-    ) -> list[Tensor]:
-        """What `fuse` gave: no frozen block runs."""
-        return [states for (states,) in fused]
-
-    def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
-        """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        return word_logits(self.lm_head, hidden, tokens)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live T5 with both UniPTs beside it; its weights are shared.
