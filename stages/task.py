@@ -123,6 +123,7 @@ class Task:
             settings.init,
             self.outputs,
             settings.pool,
+            backbone.family.front,
         )
 
     def targets(self, rows: Sequence[int], device: torch.device) -> Tensor:

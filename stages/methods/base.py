@@ -35,6 +35,7 @@ class RouteSpec:
         init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
         pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
+        front: tokens in front of an image's patches; the mean is over those behind them.
     """
 
     method: str
@@ -46,6 +47,7 @@ class RouteSpec:
     init: str
     outputs: int
     pool: str
+    front: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -243,8 +245,9 @@ class Method(ABC):
         )
 
 
-def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks."""
+def pooled(states: Tensor, mask: Tensor, pool: str, front: int = 0) -> Tensor:
+    """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks, for a mean without the first
+    `front`; nothing is padded where there are any."""
     if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
     if pool != "mean":
@@ -253,6 +256,7 @@ def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
         away = places if pool == "first" else -places
         one = away.masked_fill(~mask.bool(), len(places)).argmin(1)
         return states[torch.arange(len(states), device=mask.device), one]
+    states, mask = states[:, front:], mask[:, front:]
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 

@@ -87,7 +87,7 @@ class DtlEncoder(PooledRoute):
         with adding_back(blocks, number, [route.side for route in routes], gathered):
             found = encode_late(first.late, [states for states, _ in fused], batches)
         return [
-            pooled(states, mask, route.spec.pool)
+            pooled(states, mask, route.spec.pool, route.spec.front)
             for route, (states, mask) in zip(routes, found, strict=True)
         ]
 
