@@ -138,7 +138,7 @@ def predict(
 ) -> None:
     """Answer with an adapter on the live backbone."""
     if sum((bool(texts), bool(images), file is not None)) != 1:
-        raise click.UsageError("give either --text or --image or --file")
+        raise click.UsageError("give --text, --image or --file, and one of them only")
     from sherl_pipe.pipeline import console
     from sherl_pipe.pipeline.predict import Predictor
 

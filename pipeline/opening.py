@@ -106,7 +106,9 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
         )
         for source in sources
     }
-    tables = label_tables(sources, templates, progress)
+    for source in sources if images else ():
+        source.ids(templates[source.name], progress)  # read all of them before anything is written
+    tables = label_tables(sources, templates)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(

@@ -34,7 +34,7 @@ IMAGE_COLUMN = click.option(
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
 METHOD = click.option(
-    "--method", default="sherl", help="sherl, lst, dtl, unipt, weighted or linear."
+    "--method", default="sherl", help="sherl, lst, dtl, dtl+, unipt, weighted or linear."
 )
 REDUCTION = click.option(
     "--reduction",
@@ -139,7 +139,8 @@ TUNE = [
     click.option(
         "--pool",
         type=click.Choice(["mean", "first", "last"]),
-        help="What a pooled head reads of the tokens.  [default: mean; last for causal models]",
+        help="What a pooled head reads of the tokens, of images the mean of the patches or, with "
+        "first, the class token.  [default: mean; last for causal models]",
     ),
     click.option(
         "--head",

@@ -105,9 +105,25 @@ class Picture:
         So it names what the image processor is given, whatever the file is called and however its
         pixels are stored. Raises what `pixels` raises.
         """
+        return _identity(self.pixels())
+
+    def named_pixels(self) -> Image.Image:
+        """The image, which has to be the one that `identity` named before.
+
+        Raises what `pixels` raises, and InputError where the file has changed since.
+        """
+        named = self.__dict__.get("identity")  # without naming it now
         image = self.pixels()
-        digest = hashlib.sha256(image.tobytes()).hexdigest()
-        return example_id(("image", f"{image.width}x{image.height}", digest))
+        if named is not None and _identity(image) != named:
+            raise self._wrong(
+                "the image that it was", "another one", "Leave images alone while they are read."
+            )
+        return image
+
+
+def _identity(image: Image.Image) -> bytes:
+    digest = hashlib.sha256(image.tobytes()).hexdigest()
+    return example_id(("image", f"{image.width}x{image.height}", digest))
 
 
 def identify_pictures(pictures: Sequence[Picture], progress: Progress = silent) -> list[bytes]:
@@ -163,8 +179,8 @@ class PictureReader:
         return hash_json({key: value for key, value in rules.items() if value is not None})
 
     def values(self, picture: Picture) -> npt.NDArray[np.float32]:
-        """Pixel values `[channels, height, width]`. Raises what `Picture.pixels` raises."""
-        found = self._values(picture.pixels(), picture.origin)
+        """Pixel values `[channels, height, width]`. Raises what `Picture.named_pixels` raises."""
+        found = self._values(picture.named_pixels(), picture.origin)
         if found.shape != self.shape:
             raise InputError(
                 explain(picture.origin, expected=f"{self.shape} values", found=found.shape)
@@ -186,7 +202,8 @@ class PictureReader:
             ) from error
 
     def batch(self, pictures: Sequence[Picture]) -> Tensor:
-        """`pixel_values [B, channels, height, width]`, float32."""
+        """`pixel_values [B, channels, height, width]`, float32, on the CPU. Raises what `values`
+        raises."""
         with ThreadPoolExecutor(THREADS) as pool:
             return torch.from_numpy(np.stack(list(pool.map(self.values, pictures))))
 

@@ -9,7 +9,6 @@ from sherl_pipe.cache import InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.data import Source
-from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.templates import Template
 
 GLUE_METRICS: dict[str, tuple[str, ...]] = {
@@ -23,15 +22,12 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
 MAX_WORDS = 256
 
 
-def label_tables(
-    sources: Iterable[Source], templates: Mapping[str, Template], progress: Progress = silent
-) -> list[LabelTable]:
+def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -> list[LabelTable]:
     """The labels of every labelled split, by example id.
 
     Args:
         sources: splits; those of one task share the meaning of their labels.
         templates: by split name; what ids are made from.
-        progress: told of the images that are read for that.
 
     Raises what `Source.ids` and `Source.labels` raise.
     """
@@ -44,7 +40,7 @@ def label_tables(
         values = {source.name: source.labels() for source in members}
         spec = task_spec(task, [value for column in values.values() for value in column])
         for source in members:
-            ids = source.ids(templates[source.name], progress)
+            ids = source.ids(templates[source.name])
             labels = [encode_label(spec, value) for value in values[source.name]]
             tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
     return tables

@@ -127,14 +127,14 @@ def _model(family: str, vocabulary: int) -> Any:
 
 
 def _vision(family: str) -> Any:
-    """A model of images of 12 x 8 pixels: a grid of 3 x 2 patches."""
+    """A model of images of 12 x 8 pixels: a grid of 3 x 2 patches. Those of DINOv2 are 12 x 12, its
+    positions those of a larger square, as its checkpoints have them."""
     shape = {
         "hidden_size": 36,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "intermediate_size": 48,
-        # DINOv2 takes images of any shape, but its table of positions is a square's.
-        "image_size": 12 if family == "dinov2" else [12, 8],
+        "image_size": 20 if family == "dinov2" else [12, 8],
         "patch_size": 4,
     }
     pooler = {} if family == "dinov2" else {"add_pooling_layer": False}

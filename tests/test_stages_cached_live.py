@@ -288,8 +288,9 @@ def test_words_compete_with_one_another(tmp_path: Path) -> None:
     assert torch.allclose(scores.exp().sum(-1), torch.ones(len(scores)), atol=1e-5)
 
 
-def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path) -> None:
-    setting = prepare(tmp_path, "bert", taps="all")
+@pytest.mark.parametrize("family", ["bert", *VISION])
+def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path, family: str) -> None:
+    setting = prepare(tmp_path, family, taps="all")
     inputs = live_inputs(setting, "colour", "train")
     with torch.no_grad():
         out = setting["backbone"].model(**inputs, output_hidden_states=True)

@@ -108,6 +108,19 @@ def test_the_processor_makes_what_the_model_reads(tmp_path: Path, family: str, s
         assert backbone.model(pixel_values=values).last_hidden_state.shape == (2, size, 36)
 
 
+def test_an_image_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    reader = load_preprocessor(save_model(tmp_path, "vit"))
+    file = tmp_path / "a.png"
+    picture(1).save(file)
+    image = Picture(file, "a.png")
+    first = reader.batch([image])
+    assert image.identity
+    assert torch.equal(reader.batch([image]), first)
+    picture(2).save(file)
+    with pytest.raises(InputError, match=r"a\.png: expected the image that it was"):
+        reader.batch([image])
+
+
 def change_processor(folder: Path, **change: Any) -> None:
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))

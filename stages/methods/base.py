@@ -36,6 +36,7 @@ class RouteSpec:
         outputs: of the head; 0 for a text-to-text backbone.
         pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
         front: tokens in front of an image's patches; the mean is over those behind them.
+        tokens: of every image, those in front included; 0 where inputs are texts.
     """
 
     method: str
@@ -48,6 +49,7 @@ class RouteSpec:
     outputs: int
     pool: str
     front: int = 0
+    tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
