@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +214,11 @@ def picture(number: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_images(folder: Path, task: str = "colour", train: int = 40, validation: int = 20) -> Path:
-    """`<folder>/<task>/<split>/<class>/<number>.png`."""
-    for number in range(train + validation):
+def write_images(
+    folder: Path, tasks: tuple[str, ...] = ("colour",), train: int = 40, validation: int = 20
+) -> Path:
+    """`<folder>/<task>/<split>/<class>/<number>.png`, the same images in every task."""
+    for task, number in product(tasks, range(train + validation)):
         role = "train" if number < train else "validation"
         file = folder / task / role / ("above" if number % 2 else "below") / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, images and their cache."""
     folder = tmp_path_factory.mktemp("images")
     save_model(folder / "vit", "vit")
-    write_images(folder / "data", "shade")
+    write_images(folder / "data", ("shade",))
     done("extract", *extract_options(folder))
     return folder
 

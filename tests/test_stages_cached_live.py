@@ -59,10 +59,8 @@ IMAGE_WAYS = [
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
     """A cache of a tiny model, with everything needed to tune on it."""
     model = save_model(tmp_path / "model", family)
-    if family in VISION:
-        data = write_images(tmp_path / "data", task)
-    else:
-        data = write_data(tmp_path / "data", (task,))
+    write = write_images if family in VISION else write_data
+    data = write(tmp_path / "data", (task,))
     config = make_config(
         {
             "model": model,

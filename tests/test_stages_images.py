@@ -152,7 +152,7 @@ def shapes(sources: list[Source]) -> dict[str, tuple[int, str | None]]:
 
 
 def test_folders_of_images(tmp_path: Path) -> None:
-    write_images(tmp_path, "shade", train=6, validation=4)
+    write_images(tmp_path, ("shade",), train=6, validation=4)
     (tmp_path / "shade" / "train" / ".hidden").write_text("")
     sources = load_sources(str(tmp_path), images=True)
     # Training data first.
@@ -174,7 +174,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_unclear_are_refused(tmp_path: Path) -> None:
-    write_images(tmp_path, "shade", train=4, validation=2)
+    write_images(tmp_path, ("shade",), train=4, validation=2)
     odd = tmp_path / "shade" / "train" / "above" / "notes.txt"
     odd.write_text("")
     with pytest.raises(InputError, match=r"notes.txt: expected an image"):

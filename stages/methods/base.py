@@ -69,8 +69,7 @@ class Route(nn.Module):
 
     Attributes:
         spec: its structure.
-        late: the frozen blocks, None for a method that has none. Their dropout stays off: features
-            are those of eval mode too.
+        late: the frozen blocks, None for none. Their dropout is off, as it was for features.
     """
 
     spec: RouteSpec
@@ -248,8 +247,7 @@ class Method(ABC):
 
 
 def pooled(states: Tensor, mask: Tensor, pool: str, front: int = 0) -> Tensor:
-    """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks, for a mean without the first
-    `front`; nothing is padded where there are any."""
+    """`[B, S, d] -> [B, d]` of tokens that `mask [B, S]` marks; a mean leaves out the `front`."""
     if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
     if pool != "mean":
