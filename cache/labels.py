@@ -17,7 +17,7 @@ from sherl_pipe.cache.store import LocalStore, is_partial
 
 FOLDER = "_labels"
 
-KINDS = ("classification", "regression")
+KINDS = ("classification", "regression", "retrieval")
 
 Label = int | float
 BIGGEST = 1e300  # an integer of JSON can be larger than any float
@@ -28,8 +28,9 @@ class TaskSpec:
     """What the labels of a task mean.
 
     Attributes:
-        kind: `classification` (labels index `classes`) or `regression` (labels are numbers).
-        classes: names of the classes; empty for regression.
+        kind: `classification` (labels index `classes`), `regression` (labels are numbers) or
+            `retrieval` (labels index the table's `images`).
+        classes: names of the classes; empty for the other kinds.
         words: label words of a text-to-text backbone, one per class; for regression the graded
             values as text.
         metrics: names of the metrics, the GLUE ones where the task is known.
@@ -69,6 +70,10 @@ class LabelTable:
 
     A text that occurs twice in the data is one example with two rows here. Task and role are one
     part each, so that a file is of one table only.
+
+    Attributes:
+        images: of a retrieval task, ids of the images; a row says that its text, `ids[i]`, and
+            `images[labels[i]]` belong together.
     """
 
     task: str
@@ -76,6 +81,12 @@ class LabelTable:
     spec: TaskSpec
     ids: tuple[bytes, ...]
     labels: tuple[Label, ...]
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def image_ids(self) -> tuple[bytes, ...]:
+        """The image of every row of a retrieval task; empty for the other kinds."""
+        return tuple(self.images[int(label)] for label in self.labels) if self.images else ()
 
     @property
     def key(self) -> str:
@@ -88,6 +99,7 @@ class LabelTable:
             "spec": self.spec.to_json(),
             "ids": [identity.hex() for identity in self.ids],
             "labels": list(self.labels),
+            **({"images": [each.hex() for each in self.images]} if self.images else {}),
         }
 
 
@@ -98,14 +110,15 @@ def write(store: LocalStore, table: LabelTable) -> int:
     """
     if problem := _problem(table):
         raise InputError(f"labels of {table.task}/{table.role}: {problem}")
-    old: set[tuple[bytes, Label]] = set()
+    old: set[tuple[bytes, Label | bytes]] = set()
     if store.exists(table.key):
         before = read(store, table.key)
         if before == table:
             return 0
-        old = set(zip(before.ids, before.labels, strict=True))
+        old = set(zip(before.ids, before.image_ids or before.labels, strict=True))
     store.replace(table.key, seal(table.to_json()))
-    return sum(row not in old for row in zip(table.ids, table.labels, strict=True))
+    rows = zip(table.ids, table.image_ids or table.labels, strict=True)
+    return sum(row not in old for row in rows)
 
 
 def read(store: LocalStore, key: str) -> LabelTable:
@@ -128,21 +141,29 @@ def read(store: LocalStore, key: str) -> LabelTable:
             spec = TaskSpec.from_json(take(body, "spec", dict, path))
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptCacheError(f"{path}: field 'spec': {error}") from error
-        try:
-            ids = tuple(map(bytes.fromhex, take(body, "ids", list, path)))
-        except (TypeError, ValueError) as error:
-            raise CorruptCacheError(f"{path}: field 'ids' holds more than example ids.") from error
-        table = LabelTable(task, role, spec, ids, tuple(take(body, "labels", list, path)))
+        ids = _ids_of(body, "ids", path)
+        images = _ids_of(body, "images", path) if spec.kind == "retrieval" else ()
+        table = LabelTable(task, role, spec, ids, tuple(take(body, "labels", list, path)), images)
         if problem := _problem(table):
             raise CorruptCacheError(f"{path}: {problem}")
         return table
+
+
+def _ids_of(body: Any, name: str, path: str) -> tuple[bytes, ...]:
+    try:
+        return tuple(map(bytes.fromhex, take(body, name, list, path)))
+    except (TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{path}: field {name!r} holds more than example ids.") from error
 
 
 def _problem(table: LabelTable) -> str | None:
     """What is wrong with the rows of a table, in words."""
     if len(table.ids) != len(table.labels):
         return f"{len(table.ids)} ids and {len(table.labels)} labels; expected one for each."
-    classes = len(table.spec.classes)
+    retrieval = table.spec.kind == "retrieval"
+    classes = len(table.images) if retrieval else len(table.spec.classes)
+    if any(len(image) != ID_BYTES for image in table.images) or (table.images and not retrieval):
+        return explain("images", expected=f"ids of {ID_BYTES} bytes", found="others")
     for number, (identity, label) in enumerate(zip(table.ids, table.labels, strict=True)):
         where = f"row {number + 1}"
         if len(identity) != ID_BYTES:
@@ -151,7 +172,7 @@ def _problem(table: LabelTable) -> str | None:
             wanted = "a finite number"
             good = type(label) in (int, float) and -BIGGEST < label < BIGGEST
         else:
-            wanted = f"a class from 0 to {classes - 1}"
+            wanted = f"{'an image' if retrieval else 'a class'} from 0 to {classes - 1}"
             good = type(label) is int and 0 <= label < classes
         if not good:
             return explain(

@@ -107,13 +107,20 @@ class FeatureCache:
 
     @cached_property
     def places(self) -> dict[bytes, tuple[str, int]]:
-        """Split and position of every example, by id."""
+        """Split of every example, and its position in the split's stream of such inputs, by id."""
         found: dict[bytes, tuple[str, int]] = {}
         for split in self.splits:
-            main = next(iter(sorted(self._streams[split].items(), key=_main_first)))[1]
-            for position, row in enumerate(main.ids):
-                found.setdefault(row.tobytes(), (split, position))
+            for stream in self.input_streams(split):
+                for position, row in enumerate(stream.ids):
+                    found.setdefault(row.tobytes(), (split, position))
         return found
+
+    def input_streams(self, split: str) -> list[Stream]:
+        """The streams that hold a split's inputs, and not what was made for label words: one, or
+        of a dual encoder those of its texts and images. Raises InputError, IncompleteSplitError."""
+        streams = [stream for _, stream in sorted(self.streams(split).items(), key=_main_first)]
+        own = [stream for stream in streams if not _main_first((stream.name, stream))]
+        return own or streams[:1]
 
     def verify(self) -> list[str]:
         """Hash every committed file; one message per problem, none where all is well."""

@@ -27,10 +27,12 @@ from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
+from sherl_pipe.stages.dual_reader import DualReader
 from sherl_pipe.stages.extract import identify
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.inputs import family_of_model, load_preprocessor
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.pairs import pairs_of
 from sherl_pipe.stages.pictures import PictureReader
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import TuneSettings
@@ -43,7 +45,7 @@ TINY = 5_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
-DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 6e-3}
+DEFAULT_LR = {"seq2seq": 3e-3, "encoder": 6e-3, "dual": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -79,36 +81,37 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     """
     begun = time.perf_counter()
     data, path = config.data, check_folder(config.cache_path, "cache")
-    images = family_of_model(config.model, config.revision).images
-    _check_columns(config, images)
+    family = family_of_model(config.model, config.revision)
+    _check_columns(config, family)
     sources = load_sources(
         config.data_source,
         text_columns=data.text_columns,
         image_column=data.image_column,
-        images=images,
+        images=family.images or bool(family.towers),
         label_column=data.label_column,
         tasks=data.tasks,
         limit=data.limit,
     )
+    pairs = [pairs_of(source, data.text_columns) for source in sources] if family.towers else []
+    sources = [each for pair in pairs for each in pair.sources] or sources
     for source in sources:
         check_name(source.name)  # now, and not when its turn comes after hours
     read = time.perf_counter()
     backbone, tokenizer, identity = _open(config)
     loaded = time.perf_counter()
-    family = backbone.family
     templates = {
-        source.name: make_template(
+        source.key: make_template(
             identity.template,
             source.task,
             source.columns,
             joined=family.joined,
-            images=family.images,
+            images=family.images or source.stream == "image",
         )
         for source in sources
     }
-    for source in sources if images else ():
-        source.ids(templates[source.name], progress)  # read all of them before anything is written
-    tables = label_tables(sources, templates)
+    for source in sources if family.images else ():
+        source.ids(templates[source.key], progress)  # read all of them before anything is written
+    tables = [each.table(progress) for each in pairs] or label_tables(sources, templates)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(
@@ -125,11 +128,19 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     )
 
 
-def _check_columns(config: RunConfig, images: bool) -> None:
+def _check_columns(config: RunConfig, family: Family) -> None:
     """Raise InputError for columns that the backbone does not read, and for images without data."""
-    data = config.data
+    data, images = config.data, family.images
     wrong, right = ("text", "image") if images else ("image", "text")
-    if data.text_columns if images else data.image_column:
+    if family.towers and data.label_column:
+        raise InputError(
+            explain(
+                "label column",
+                expected=f"none: {config.model} reads pairs of texts and images",
+                found=repr(data.label_column),
+            )
+        )
+    if not family.towers and (data.text_columns if images else data.image_column):
         raise InputError(
             explain(
                 f"{wrong} column",
@@ -138,7 +149,7 @@ def _check_columns(config: RunConfig, images: bool) -> None:
                 todo=f"Name the column with --{right}-column.",
             )
         )
-    if images and data.source is None:
+    if (images or family.towers) and data.source is None:
         raise InputError(
             explain(
                 "data",
@@ -165,6 +176,8 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
     longest = settings.max_length
     if isinstance(tokenizer, PictureReader):
         longest = tokenizer.tokens(backbone)  # as many of every image
+    if isinstance(tokenizer, DualReader):
+        tokenizer.pictures.tokens(backbone)  # whether the tower takes them
     identity = identify(
         backbone,
         tokenizer,
@@ -254,7 +267,8 @@ def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict
 
     Raises InputError for an unknown method.
     """
-    usual = {"head": TuneSettings.head, **find_method(tune.method).usual_for(streams)}
+    method = find_method(tune.method, dual="image" in streams)
+    usual = {"head": TuneSettings.head, **method.usual_for(streams)}
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
@@ -270,7 +284,8 @@ def tunings(
         streams: of the cache.
     """
     tune = config.tune
-    rates = tune.lr or (DEFAULT_LR["seq2seq" if family.seq2seq else "encoder"],)
+    kind = "seq2seq" if family.seq2seq else "dual" if family.towers else "encoder"
+    rates = tune.lr or (DEFAULT_LR[kind],)
     base = TuneSettings(
         method=tune.method,
         **method_settings(tune, streams),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, InputError, LabelTable, StorageError
+from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
@@ -21,13 +22,24 @@ from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, pr
 from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_bytes
 from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
-from sherl_pipe.stages.extract import words_of
+from sherl_pipe.stages.dual_reader import DualReader
+from sherl_pipe.stages.extract import inputs_of, token_bytes, words_of
+from sherl_pipe.stages.inputs import family_of_model
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
 from sherl_pipe.stages.scratch import memory_writer
-from sherl_pipe.stages.survey import Survey, Trees, amounts, survey, task_amounts, upper_bound
+from sherl_pipe.stages.survey import (
+    EXAMPLE_BYTES,
+    STREAM_BYTES,
+    Survey,
+    Trees,
+    amounts,
+    survey,
+    task_amounts,
+    upper_bound,
+)
 from sherl_pipe.stages.task import train_and_held_out
 from sherl_pipe.stages.words import PrefixTree
 
@@ -69,6 +81,15 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
     Raises what an extraction raises before and at its first shard.
     """
     budget = parse_bytes(config.tune.memory_budget)
+    if family_of_model(config.model, config.revision).towers:
+        raise InputError(
+            explain(
+                "plan",
+                expected="a model with one kind of inputs",
+                found=f"the dual encoder {config.model}",
+                todo="`extract` says beforehand how many tokens and bytes there are.",
+            )
+        )
     ready = prepare(config, bars)
     begun = time.perf_counter()
     say(f"plan: {config.model} on {ready.backbone.device}; measuring for some seconds")
@@ -121,8 +142,11 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     """
     free = LocalStore(ready.path).free_bytes()
     trees = _trees_of(ready)
-    if upper_bound(ready.sources, trees, ready.identity) <= free:
+    dual = ready.tokenizer if isinstance(ready.tokenizer, DualReader) else None
+    if upper_bound(ready.sources, trees, ready.identity, dual and dual.size) <= free:
         return
+    if dual is not None:
+        return _require(uncompressed_bytes(ready, dual), free, ready.path)
     say("extract: the disk is not obviously large enough; measuring a sample")
     cache = _begun(ready)
     setup = _setup(ready)
@@ -136,10 +160,28 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     for amount in _amounts(setup, counted, needed):
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
         need += round(size * (_left(cache, amount) if cache is not None else 1))
+    _require(need, free, ready.path)
+
+
+def uncompressed_bytes(ready: Prepared, reader: DualReader) -> int:
+    """Bytes that the features of pairs take without compression, less what is written already."""
+    known: dict[bytes, str] = {}
+    total = 0
+    for source in ready.sources:
+        inputs = inputs_of(source, ready.templates[source.key], known)
+        tokens = reader.read(list(inputs.texts.values()), ready.identity.max_length)
+        spec = ready.identity.streams[source.stream or ""]
+        total += int(tokens.lengths.sum()) * token_bytes(ready.identity.codec, spec)
+        total += EXAMPLE_BYTES * len(source.rows) + STREAM_BYTES
+    store = LocalStore(ready.path)
+    return total - sum(store.size(key) or 0 for key in store.list())
+
+
+def _require(need: int, free: int, path: Path) -> None:
     if need > free:
         raise StorageError(
             errno.ENOSPC,
-            f"{ready.path}: the extraction needs about {need:,} bytes, {free:,} are free. Free "
+            f"{path}: the extraction needs about {need:,} bytes, {free:,} are free. Free "
             "space, choose another --cache, or a smaller --codec (`sherl-pipe plan` with the same "
             "options shows what each takes).",
         )

@@ -117,10 +117,9 @@ def describe(cache: FeatureCache) -> dict[str, Any]:
 
 
 def example_ids(cache: FeatureCache, split: str) -> list[str]:
-    """The ids of a split's texts, in the order of the data; a text that an earlier split holds
+    """The ids of a split's inputs, in the order of the data; one that an earlier split holds
     is there. Raises InputError for a split that is not in the cache."""
-    main = "encoder" if "encoder" in cache.identity.streams else "hidden"
-    return [row.tobytes().hex() for row in cache.stream(split, main).ids]
+    return [row.tobytes().hex() for stream in cache.input_streams(split) for row in stream.ids]
 
 
 def inspect_tables(description: dict[str, Any]) -> list[Table | str]:

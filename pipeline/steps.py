@@ -63,7 +63,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         )
         known = held_examples(path)
         for source in ready.sources:
-            reports.append(extractor.split(source, ready.templates[source.name], known))
+            reports.append(extractor.split(source, ready.templates[source.key], known))
         for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:

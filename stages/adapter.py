@@ -85,7 +85,8 @@ class TunedModel(nn.Module):
     """The live backbone with a tuned route in it.
 
     Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
-    `logits`, ...), and `loss` and `logits [B, outputs]` for a pooled head. Inputs may be padded on
+    `logits`, ...), `loss` and `logits [B, outputs]` for a pooled head, and unit embeddings of texts
+    or images or both for a dual encoder (`text_embeds`, `image_embeds`, ...). Inputs may be padded on
     either side: the backbone is told where tokens are, unless it finds that by itself.
     """
 
@@ -109,12 +110,14 @@ class TunedModel(nn.Module):
         Args:
             input_ids: `[B, S]`.
             pixel_values: `[B, channels, height, width]`, of a model of images and in place of
-                `input_ids`.
+                `input_ids`; of a dual encoder beside them too.
             attention_mask: `[B, S]`, 1 where there is a token; all ones by default.
             labels: token ids `[B, P]` with -100 where there is none (text-to-text), class
                 numbers `[B]` or floats `[B]` (pooled head; mean squared error for one output).
             inputs: handed on to the backbone (`decoder_input_ids`, `token_type_ids`, ...).
         """
+        if self._family.towers:
+            return self.model(input_ids, attention_mask, pixel_values)
         if self._family.images:
             states = self.model(pixel_values=pixel_values, **inputs).last_hidden_state
             return self._answers(states, states.new_ones(states.shape[:2]), labels)
@@ -155,7 +158,7 @@ class TunedModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own `generate`, KV cache included. Raises InputError for encoders."""
         if not self._family.seq2seq:
-            raise InputError("an encoder with a pooled head does not generate; call the model")
+            raise InputError("an encoder does not generate; call the model")
         model: Any = self.model
         return model.generate(*args, **kwargs)
 

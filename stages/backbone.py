@@ -65,8 +65,18 @@ class Backbone:
 
     @property
     def width(self) -> int:
+        """Of the states; of a dual encoder that of the embeddings."""
+        if self.family.towers:
+            return int(self.config.projection_dim)
         width = getattr(self.config, "d_model", None) or self.config.hidden_size
         return int(width)
+
+    def width_of(self, stream: str) -> int:
+        """Of a stream's states."""
+        tower = self.family.towers.get(stream)
+        if tower is None:
+            return self.width
+        return int(self.model.get_submodule(tower.norm).weight.shape[0])
 
     @property
     def start(self) -> int:
@@ -101,8 +111,7 @@ class Backbone:
     @cached_property
     def config_hash(self) -> str:
         """Hash of the config fields that change what the weights compute."""
-        config = {k: v for k, v in self.config.to_dict().items() if k not in _IDLE_CONFIG}
-        return hash_json(config)
+        return hash_json(_computing(self.config.to_dict()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,6 +144,15 @@ class Backbone:
         _cast(twin.model, dtype)
         twin.__dict__["fingerprint"] = self.fingerprint  # of the weights before they are rounded
         return twin
+
+
+def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config, and of the configs in it, that are not idle."""
+    return {
+        key: _computing(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _IDLE_CONFIG
+    }
 
 
 def resolve_model(name: str) -> str:

@@ -34,6 +34,7 @@ class Source:
         columns: the text columns, or the one that holds images; these are `Picture`s there.
         label_column: None where there are no labels.
         origin: file or hub id, for messages.
+        stream: of a dual encoder's cache, the one that takes them: `text` or `image`.
     """
 
     task: str
@@ -42,11 +43,17 @@ class Source:
     columns: tuple[str, ...]
     label_column: str | None
     origin: str
+    stream: str | None = None
 
     @property
     def name(self) -> str:
         """The split's name in a cache."""
         return f"{self.task}/{self.role}"
+
+    @property
+    def key(self) -> str:
+        """Tells it from all others of the data; a split may have texts and images."""
+        return self.name if self.stream is None else f"{self.name}/{self.stream}"
 
     def inputs(self, template: Template) -> list[Input]:
         """The texts or the image of every row. Raises InputError for a missing or odd value."""

@@ -59,7 +59,8 @@ def identify(
         template=template,
         max_length=max_length,
         streams={
-            stream: StreamSpec(chosen[stream], depths[stream], backbone.width) for stream in depths
+            stream: StreamSpec(chosen[stream], depths[stream], backbone.width_of(stream))
+            for stream in depths
         },
         codec=codec,
         versions=versions,
@@ -170,7 +171,7 @@ class Extractor:
         self.progress, self.announce = progress, announce
 
     def split(self, source: Source, template: Template, known: dict[bytes, str]) -> Report:
-        """Extract one split into the main stream.
+        """Extract one split into the stream of its inputs.
 
         Args:
             source: its rows.
@@ -179,7 +180,7 @@ class Extractor:
 
         Raises NonFiniteError, StaleCacheError, StorageError.
         """
-        stream = self.backbone.family.main
+        stream = source.stream or self.backbone.family.main
         inputs = inputs_of(source, template, known)
         tokens = read_inputs(
             self.tokenizer, list(inputs.texts.values()), self.identity.max_length, self.progress

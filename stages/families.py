@@ -27,6 +27,24 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """One of the stacks whose embeddings are compared with one another.
+
+    Attributes:
+        model: path of the module that runs it alone.
+        norm: path of the norm behind the last block.
+        projection: path of what makes the embedding of one token's normed state.
+        images: whether it takes `pixel_values`, and its embedding is that of the first token. The
+            other takes `input_ids`, and its embedding is that of the token that ends a text.
+    """
+
+    model: str
+    norm: str
+    projection: str
+    images: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """Where a model type keeps its blocks, and what a route has to know beside that.
 
@@ -34,7 +52,7 @@ class Family:
 
     Attributes:
         streams: by stream name, the path of the `ModuleList` of blocks. The names are `encoder` and
-            `decoder`, or `hidden` for the only stack.
+            `decoder`, `text` and `image`, or `hidden` for the only stack.
         embeddings: paths of the modules that only token ids, or their positions, go through.
         seq2seq: whether it is an encoder-decoder whose answers are words.
         causal: whether a state depends on no token behind it.
@@ -49,6 +67,7 @@ class Family:
             are; padding in front would move them else.
         arguments: for the model's class.
         side: for LST; None where there are no side blocks.
+        towers: by stream, of a dual encoder; empty for all others.
     """
 
     streams: Mapping[str, str]
@@ -64,10 +83,11 @@ class Family:
     front: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     side: Side | None = None
+    towers: Mapping[str, Tower] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
-        """The stream that reads the inputs."""
+        """The stream that reads the inputs, of a family without towers."""
         return "encoder" if self.seq2seq else "hidden"
 
     @property
@@ -130,6 +150,17 @@ _T5 = Family(
     side=Side("d_ff", "dropout_rate"),
 )
 
+_CLIP = Family(
+    {"text": "text_model.encoder.layers", "image": "vision_model.encoder.layers"},
+    ("vision_model.embeddings", "vision_model.pre_layrnorm", "text_model.embeddings"),
+    positions="text_model.embeddings.position_embedding",
+    numbered=True,
+    towers={
+        "text": Tower("text_model", "text_model.final_layer_norm", "text_projection"),
+        "image": Tower("vision_model", "vision_model.post_layernorm", "visual_projection", True),
+    },
+)
+
 # By the `model_type` of a Hugging Face config.
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
@@ -166,6 +197,7 @@ FAMILIES: dict[str, Family] = {
     "t5": _T5,
     "mt5": _T5,
     "vit": _VIT,
+    "clip": _CLIP,
     "deit": replace(_VIT, front=2),  # of which one is for distillation
     "dinov2": replace(
         _VIT,

@@ -143,6 +143,11 @@ class FeatureSource:
         self._kept: Shelf | None = None
 
     @property
+    def homes(self) -> list[Home]:
+        """All there are: one."""
+        return [self.home]
+
+    @property
     def summary(self) -> str:
         """For people: how big the features are, where they live, and who reads them."""
         by = f"by {self._readers} reader{'s' if self._readers > 1 else ''}"

@@ -1,6 +1,7 @@
-"""What stands between data and a backbone: a tokenizer for texts, an image processor for images.
+"""What stands between data and a backbone: a tokenizer for texts, an image processor for images,
+both for a dual encoder.
 
-Both are called the preprocessor here; a cache keeps its fingerprint as its `tokenizer`.
+All are called the preprocessor here; a cache keeps its fingerprint as its `tokenizer`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from sherl_pipe.cache import StaleCacheError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import model_class
+from sherl_pipe.stages.dual_reader import DualReader
 from sherl_pipe.stages.families import Family, family_of
 from sherl_pipe.stages.pictures import PictureReader, Pictures, load_picture_reader
 from sherl_pipe.stages.progress import Progress, silent
@@ -25,18 +27,24 @@ def family_of_model(name: str, revision: str | None = None) -> Family:
 
 
 def load_preprocessor(name: str, revision: str | None = None) -> Any:
-    """The model's own tokenizer, or its image processor as a `PictureReader`.
+    """The model's own tokenizer, or its image processor as a `PictureReader`, or both as a
+    `DualReader`.
 
     Raises InputError, UnsafeError.
     """
-    if family_of_model(name, revision).images:
+    _, config, _ = model_class(name, revision)
+    family = family_of(config)
+    if family.towers:
+        pictures = load_picture_reader(name, revision)
+        return DualReader(load_tokenizer(name, revision), pictures, config)
+    if family.images:
         return load_picture_reader(name, revision)
     return load_tokenizer(name, revision)
 
 
 def preprocessor_fingerprint(preprocessor: Any) -> str:
     """Hash of everything that turns an input into what the backbone reads."""
-    if isinstance(preprocessor, PictureReader):
+    if isinstance(preprocessor, PictureReader | DualReader):
         return preprocessor.fingerprint
     return tokenizer_fingerprint(preprocessor)
 
@@ -45,7 +53,8 @@ def check_preprocessor(expected: str, preprocessor: Any, where: str) -> None:
     """Raise StaleCacheError unless the preprocessor has this fingerprint."""
     found = preprocessor_fingerprint(preprocessor)
     if found != expected:
-        kind = "image processor" if isinstance(preprocessor, PictureReader) else "tokenizer"
+        kinds = {PictureReader: "image processor", DualReader: "tokenizer or image processor"}
+        kind = kinds.get(type(preprocessor), "tokenizer")
         raise StaleCacheError(
             explain(
                 f"{where}: {kind}",
@@ -61,6 +70,8 @@ def read_inputs(
 ) -> Tokens:
     """Inputs as a backbone reads them: token ids cut at `max_length`, or images of that many
     tokens, whose pixels are read batch by batch."""
+    if isinstance(preprocessor, DualReader):
+        return preprocessor.read(inputs, max_length, progress)
     if isinstance(preprocessor, PictureReader):
         return Pictures(list(inputs), 0, preprocessor, max_length)
     texts: Any = inputs

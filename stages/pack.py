@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.stages import checkpoint
-from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
+from sherl_pipe.stages.features import Batch, Ints, Reading
 from sherl_pipe.stages.memory import PeakMemory
+from sherl_pipe.stages.paired import AnySource
 from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
 from sherl_pipe.stages.progress import Progress, loading, silent
 from sherl_pipe.stages.residency import Home
@@ -30,6 +31,8 @@ def pass_key(task: Task, settings: TuneSettings) -> Hashable:
     return (
         task.train.ids,
         task.held_out.ids,
+        task.train.image_ids,
+        task.held_out.image_ids,
         settings.method,
         settings.late,
         settings.epochs,
@@ -59,7 +62,7 @@ class Pack:
         self.tuners = list(tuners)
         self._memory = PeakMemory(first.task.backbone.device)
         self.train, self._training = self._source(train=True)
-        self.held_out, self._evaluation = self._source(train=False, beside=[self.train.home])
+        self.held_out, self._evaluation = self._source(train=False, beside=self.train.homes)
 
     def run(self, progress: Progress = silent) -> list[Outcome]:
         """Train, evaluate, save; goes on from checkpoints of the same tunings.
@@ -139,7 +142,7 @@ class Pack:
 
     def _source(
         self, *, train: bool, beside: Sequence[Home] = ()
-    ) -> tuple[FeatureSource, list[dict[str, str]]]:
+    ) -> tuple[AnySource, list[dict[str, str]]]:
         """One source for all, and for every tuning the source's name of each of its roles."""
         if len(self.tuners) == 1:
             alone = self.tuners[0].train if train else self.tuners[0].held_out

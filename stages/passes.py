@@ -103,8 +103,11 @@ class MainPass:
         batch_tokens: int,
     ) -> None:
         model: Any = cut_after(backbone, stream, spec.taps[-1])
-        self._recorder = TapRecorder(blocks_of(model, backbone.family, stream), spec.taps)
-        self._model = model.encoder if backbone.family.seq2seq else model
+        family = backbone.family
+        self._recorder = TapRecorder(blocks_of(model, family, stream), spec.taps)
+        alone = "encoder" if family.seq2seq else ""
+        tower = family.towers.get(stream)
+        self._model: Any = model.get_submodule(tower.model if tower else alone)
         self._device, self._spec, self._tokens = backbone.device, spec, tokens
         self._pad_id, self._batch_tokens = pad_id, batch_tokens
 

@@ -215,15 +215,19 @@ def padded_tokens(layout: Layout, lengths: Ints, batch_tokens: int) -> int:
     return round(padded * int(lengths.sum()) / max(1, plain))
 
 
-def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity: Identity) -> int:
+def upper_bound(
+    sources: Iterable[Source],
+    trees: Iterable[PrefixTree],
+    identity: Identity,
+    image_tokens: int | None = None,
+) -> int:
     """Bytes below which an extraction stays, at the cost of looking at its texts once.
 
     No tokenizer makes more tokens than a text has bytes, beside some of its own and the template's;
     nothing is compressed, and every tree is needed everywhere. An image makes the same number of
-    tokens whatever is in it.
+    tokens whatever is in it: `image_tokens`, or the identity's `max_length`.
     """
-    main = identity.streams["encoder" if "encoder" in identity.streams else "hidden"]
-    row = token_bytes(identity.codec, main)
+    main = "encoder" if "encoder" in identity.streams else "hidden"
     nodes, streams = 0, 1
     for tree in trees:
         nodes, streams = nodes + len(tree.nodes), streams + 1
@@ -233,9 +237,11 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     total = 0
     for source in sources:
         total += STREAM_BYTES * streams + example * len(source.rows)
+        row = token_bytes(identity.codec, identity.streams[source.stream or main])
         for each in source.rows:
             size = TEMPLATE_TOKENS + sum(_most_tokens(each.get(name)) for name in source.columns)
-            total += row * min(identity.max_length, size)
+            most = image_tokens if source.stream == "image" else None
+            total += row * min(most or identity.max_length, size)
     return total
 
 

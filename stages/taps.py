@@ -19,8 +19,10 @@ def paper_taps(family: Family, stream: str, blocks: int, late: int = 1) -> list[
     """Taps that SHERL reads from a stream.
 
     T5 encoder: the embedding and the outputs of the side layers. T5 decoder: the same below the
-    late block. Encoders: every input up to that of the late block.
+    late block. Encoders: every input up to that of the late block. Dual encoders: all there are.
     """
+    if family.towers:
+        return list(range(blocks + 1))
     if not family.seq2seq:
         return list(range(blocks - late + 1))
     top = blocks if stream == "encoder" else blocks - late
@@ -36,8 +38,9 @@ def extracted_taps(
         depths: blocks per stream.
         wanted: `paper`, `all`, or tap numbers for every stream.
 
-    A T5 encoder's top tap is always among them (label words attached later need it), and so is
-    the state that enters the last decoder block (the late route's own input).
+    A T5 encoder's top tap is always among them (label words attached later need it), and so are
+    the state that enters the last decoder block (the late route's own input) and the last of a
+    dual encoder's towers (the embedding is made of it).
 
     Raises InputError for a tap that a stream does not have.
     """
@@ -49,7 +52,8 @@ def extracted_taps(
             chosen = list(range(blocks + (0 if stream == "decoder" else 1)))
         else:
             chosen = [int(tap) for tap in wanted]
-        needed = [blocks] if stream == "encoder" else [blocks - 1] if stream == "decoder" else []
+        top = stream == "encoder" or stream in family.towers
+        needed = [blocks] if top else [blocks - 1] if stream == "decoder" else []
         result = tuple(sorted({*chosen, *needed}))
         if result[0] < 0 or result[-1] > blocks:
             raise InputError(

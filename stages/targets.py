@@ -40,7 +40,7 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
         values = {source.name: source.labels() for source in members}
         spec = task_spec(task, [value for column in values.values() for value in column])
         for source in members:
-            ids = source.ids(templates[source.name])
+            ids = source.ids(templates[source.key])
             labels = [encode_label(spec, value) for value in values[source.name]]
             tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
     return tables

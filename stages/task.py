@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import numpy.typing as npt
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages import metrics
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
+from sherl_pipe.stages.retrieval import Pairing
 from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
 from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
@@ -54,6 +57,7 @@ class Task:
                     todo="Attach both splits' labels in one `sherl-pipe label` command.",
                 )
             )
+        self._check_kind()
         self.tree: PrefixTree | None = None
         if backbone.family.seq2seq:
             self.tree = PrefixTree.of_words(self.spec.words, tokenizer, backbone.start)
@@ -62,9 +66,32 @@ class Task:
         mean = float(numbers.mean()) if self.spec.kind == "regression" else 0.0
         self.scaling = (mean, spread or 1.0)
 
+    def _check_kind(self) -> None:
+        """Raise InputError for labels that the backbone gives no answers to."""
+        dual = bool(self.backbone.family.towers)
+        if dual != (self.spec.kind == "retrieval"):
+            kinds = "retrieval" if dual else "classification or regression"
+            raise InputError(
+                explain(f"labels of {self.name}", expected=kinds, found=self.spec.kind)
+            )
+        for table in (self.train, self.held_out) if dual else ():
+            if len(set(table.labels)) < 2:
+                raise InputError(
+                    explain(
+                        f"pairs of {self.name}/{table.role}",
+                        expected="two images or more to be told apart",
+                        found=f"{len(set(table.labels))}",
+                    )
+                )
+
+    @cached_property
+    def pairings(self) -> tuple[Pairing, Pairing]:
+        """The pairs of the training rows and of the others; retrieval only."""
+        return Pairing(self.train), Pairing(self.held_out)
+
     @property
     def outputs(self) -> int:
-        """Units of a pooled head; 0 where words are scored."""
+        """Units of a pooled head; 0 where words are scored, or embeddings compared."""
         if self.tree is not None:
             return 0
         return 1 if self.spec.kind == "regression" else len(self.spec.classes)
@@ -102,11 +129,16 @@ class Task:
 
         Raises InputError for settings that do not fit the backbone or the cache.
         """
-        method, backbone = find_method(settings.method), self.backbone
-        for name, known in (("precision", PRECISIONS), ("head", HEADS), ("init", method.inits)):
+        backbone, dual = self.backbone, bool(self.backbone.family.towers)
+        method = find_method(settings.method, dual=dual)
+        heads = HEADS[:1] if dual else HEADS
+        for name, known in (("precision", PRECISIONS), ("head", heads), ("init", method.inits)):
             found = getattr(settings, name)
             if found not in known:
                 raise InputError(explain(name, expected=f"one of {known}", found=found))
+        if dual and settings.batch_size < 2:
+            wanted = "2 or more: other pairs of a batch are what a pair is told from"
+            raise InputError(explain("batch size", expected=wanted, found=settings.batch_size))
         cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
@@ -136,6 +168,13 @@ class Task:
         mean, spread = self.scaling
         return (torch.tensor(labels, dtype=torch.float32, device=device) - mean) / spread
 
+    def measured(self, outputs: Tensor) -> dict[str, float]:
+        """The metrics of outputs `[N, C]` for the held-out rows, in percent."""
+        if self.spec.kind == "retrieval":
+            return self.pairings[1].recalls(outputs)
+        labels = np.array(self.held_out.labels)
+        return metrics.evaluate(self.spec.metrics, labels, self.predictions(outputs))
+
     def predictions(self, outputs: Tensor) -> npt.NDArray[Any]:
         """Classes or numbers from head outputs or word scores `[N, outputs]`.
 
@@ -156,7 +195,7 @@ def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -
 
 def train_and_held_out(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
     """Training and evaluation rows. Without a validation split, one training text in ten is held
-    out, chosen by its id."""
+    out, chosen by its id; of pairs one image in ten with all its texts."""
     if "train" not in tables:
         raise InputError(
             explain(
@@ -170,7 +209,7 @@ def train_and_held_out(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, La
     others = [role for role in sorted(tables) if role.startswith("validation")]
     if others:
         return train, tables[others[0]]
-    order = [int.from_bytes(identity[:4], "big") for identity in train.ids]
+    order = [int.from_bytes(identity[:4], "big") for identity in train.image_ids or train.ids]
     # The least number too, so that a small file has something held out.
     held = [number % HOLD_OUT == 0 or number == min(order) for number in order]
 

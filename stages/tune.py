@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Readi
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, trainable
 from sherl_pipe.stages.optimizer import clip_gradients, make_optimizer
+from sherl_pipe.stages.paired import AnySource, PairSource
 from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
+from sherl_pipe.stages.retrieval import contrastive
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.words import Scoring
@@ -53,7 +56,8 @@ class Tuner:
         readers: int | None = None,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, folder
-        home = partial(FeatureSource, budget=budget, residency=residency, readers=readers)
+        kind: type[AnySource] = PairSource if task.backbone.family.towers else FeatureSource
+        home = partial(kind, budget=budget, residency=residency, readers=readers)
         self._features = partial(home, task.cache, device=task.backbone.device)
         self.spec = task.route_spec(settings)
         method, backbone = find_method(settings.method), task.backbone
@@ -70,18 +74,18 @@ class Tuner:
         return self.task.readings(table, self.route.reads(), self.scoring, train=train)
 
     @cached_property
-    def train(self) -> FeatureSource:
+    def train(self) -> AnySource:
         """Features of the training rows."""
         return self.source(self.readings(train=True), train=True)
 
     @cached_property
-    def held_out(self) -> FeatureSource:
+    def held_out(self) -> AnySource:
         """Features of the rows that it is evaluated on."""
-        return self.source(self.readings(train=False), train=False, beside=[self.train.home])
+        return self.source(self.readings(train=False), train=False, beside=self.train.homes)
 
     def source(
         self, readings: Mapping[str, Reading], *, train: bool, beside: Sequence[Home] = ()
-    ) -> FeatureSource:
+    ) -> AnySource:
         """Features of the rows for training, or for evaluation; errors as for `FeatureSource`."""
         table = self.task.train if train else self.task.held_out
         return self._features(table, readings, beside=beside)
@@ -90,7 +94,11 @@ class Tuner:
     def key(self) -> str:
         """Names everything that determines the result."""
         labels = [
-            (table.role, [i.hex() for i in table.ids], list(table.labels))
+            (
+                table.role,
+                [i.hex() for i in table.ids],
+                [i.hex() for i in table.image_ids] or list(table.labels),
+            )
             for table in (self.task.train, self.task.held_out)
         ]
         identity = self.task.cache.identity.fingerprint()
@@ -154,6 +162,10 @@ class Tuner:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
             labels = [self.task.train.labels[row] for row in rows.tolist()]
             return self.scoring.loss(logits, torch.from_numpy(self.task.words_of(labels)))
+        if self.task.spec.kind == "retrieval":
+            texts, images = hidden
+            route: Any = self.route
+            return contrastive(texts, images, route.scale, self.task.pairings[0].others(rows))
         logits = self.route.logits(hidden).float()
         wanted = self.task.targets(rows.tolist(), hidden.device)
         if self.task.spec.kind == "classification":
@@ -197,8 +209,7 @@ class Tuner:
             outputs: `[N, C]` for the held-out rows.
             costs: `seconds`, `seconds_per_epoch`, `peak_mib`.
         """
-        labels = np.array(self.task.held_out.labels)
-        found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
+        found = self.task.measured(outputs)
         result = TuneResult(
             task=self.task.name,
             method=self.settings.method,
@@ -207,7 +218,7 @@ class Tuner:
             metrics=found,
             score=metrics.headline(found),
             role=self.task.held_out.role,
-            examples=len(labels),
+            examples=len(self.task.held_out.ids),
             trainable=sum(p.numel() for p in self.parameters.values()),
             backbone=self.task.backbone.parameters,
             folder=str(self.folder),
@@ -225,7 +236,8 @@ class Tuner:
     def _save(self, result: TuneResult) -> None:
         identity, settings = self.task.cache.identity, self.settings
         where = self.task.cache.places[self.task.train.ids[0]][0]
-        stream = self.task.backbone.family.main
+        family = self.task.backbone.family
+        stream = "text" if family.towers else family.main
         config = AdapterConfig(
             task=self.task.name,
             labels=self.task.spec,

@@ -78,7 +78,7 @@ _OWN: dict[str, dict[str, Any]] = {
 def save_model(folder: Path, family: str, seed: int = 0) -> str:
     """A random model of `family` with its tokenizer or image processor; the folder's path."""
     torch.manual_seed(seed)
-    tokenizer = _processor(family) if family in VISION else _tokenizer(family)
+    tokenizer = _processor(family) if family in VISION else make_tokenizer(family)
     model = _vision(family) if family in VISION else _model(family, len(tokenizer))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,11 +151,11 @@ def _processor(family: str) -> Any:
     return ViTImageProcessorPil(size={"height": 12, "width": 8})
 
 
-def _tokenizer(family: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(family: str, words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     special = ["<pad>", "</s>", "<unk>", "<s>"]
     if family == "mpnet":  # its padding is 1, whatever its config says
         special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

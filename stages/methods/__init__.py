@@ -38,8 +38,11 @@ __all__ = [
 ]
 
 
-def find_method(name: str) -> type[Method]:
-    """The method of a name. Raises InputError listing the known ones."""
-    if name not in METHODS:
-        raise InputError(explain("method", expected=f"one of {sorted(METHODS)}", found=name))
-    return METHODS[name]
+def find_method(name: str, *, dual: bool = False) -> type[Method]:
+    """The method of a name, which has to have a form for dual encoders where one is wanted. Raises
+    InputError listing the known ones."""
+    known = {each: method for each, method in METHODS.items() if method.dual or not dual}
+    if name not in known:
+        what = "method on a dual encoder" if dual else "method"
+        raise InputError(explain(what, expected=f"one of {sorted(known)}", found=name))
+    return known[name]

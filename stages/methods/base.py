@@ -181,11 +181,13 @@ class Method(ABC):
             `reduction`, `late` and `init`.
         inits: what its trained weights can start from.
         given: those of them that `Tuner.start_from` has to be given weights for.
+        dual: whether it has a form for dual encoders.
     """
 
     usual: ClassVar[Mapping[str, Any]]
     inits: ClassVar[tuple[str, ...]]
     given: ClassVar[frozenset[str]] = frozenset()
+    dual: ClassVar[bool] = False
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:

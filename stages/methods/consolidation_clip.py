@@ -70,9 +70,18 @@ class ClipConsolidation(Published):
         Returns `[B, E]`.
         """
         stacked = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
-        embedding = last.flatten(1)
-        flat = self.reduce(F.relu(stacked).flatten(1, 2))
-        reduced = flat.view(*stacked.shape[:3], -1)
+        reduced = self.reduced(stacked.flatten(1, 2)).view(*stacked.shape[:3], -1)
+        return self.fused(reduced, last.flatten(1), mask, position)
+
+    def reduced(self, states: Tensor) -> Tensor:
+        """Taps `[K, n, d] -> [K, n, h]`, each token for itself."""
+        out: Tensor = self.reduce(F.relu(states))
+        return out
+
+    def fused(
+        self, reduced: Tensor, embedding: Tensor, mask: Tensor | None, position: Tensor | None
+    ) -> Tensor:
+        """`forward` of what is reduced already, `[K, B, S, h]`, and the embedding `[B, E]`."""
         guide = self.reduce_last(F.relu(embedding))
         fused = guided_consolidation(
             self._gather(reduced, guide, mask, position),

@@ -8,6 +8,7 @@ through the frozen late blocks together: these are the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from sherl_pipe.cache import InputError, StreamSpec
@@ -17,6 +18,8 @@ from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.methods.consolidation import INITIALISATIONS, Consolidation
+from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
+from sherl_pipe.stages.methods.dual import DualRoute, dual_taps
 from sherl_pipe.stages.methods.late import encode_late
 from sherl_pipe.stages.methods.live import enter_with
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
@@ -81,16 +84,28 @@ class SherlEncoder(PooledRoute):
         return model
 
 
+def _clip_side(init: str, width: int, hidden: int, embed: int, taps: int) -> ClipConsolidation:
+    """As published, or with a tail that is zero, so that the tower's own embedding comes out."""
+    side = ClipConsolidation(width, hidden, embed, taps, gated=True)
+    if init == "residual":
+        nn.init.zeros_(side.tail.weight)
+        nn.init.zeros_(side.tail.bias)
+    return side
+
+
 class Sherl(Method):
     """The method `sherl`."""
 
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 4, "late": 1, "init": "residual"}
     inits = INITIALISATIONS
+    dual = True
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
-        """As published on T5. On encoders two late blocks and a head that starts from a probe: one
-        frozen block leaves little of what only the middle taps know."""
+        """As published on T5 and on dual encoders. On encoders two late blocks and a head that
+        starts from a probe: one frozen block leaves little of what only the middle taps know."""
+        if "image" in streams:
+            return {**cls.usual, "reduction": 1, "late": 0}
         if "hidden" not in streams:
             return cls.usual
         # A small backbone keeps a block in front of the late ones.
@@ -104,7 +119,10 @@ class Sherl(Method):
 
     @staticmethod
     def variant(family: Family) -> str:
-        """The papers' own for text-to-text, and for a joint encoder with an answer head."""
+        """The papers' own for text-to-text, for dual encoders, and for a joint encoder with an
+        answer head."""
+        if family.towers:
+            return "clip4clip"
         return "t5" if family.seq2seq else "clipvil"
 
     @staticmethod
@@ -116,6 +134,8 @@ class Sherl(Method):
         The published selection where the cache has it, else every cached tap below the late
         route. Raises InputError where the late route's own input is not cached.
         """
+        if backbone.family.towers:
+            return dual_taps(backbone, late, cached, "sherl")
         taps: dict[str, tuple[int, ...]] = {}
         last: dict[str, int] = {}
         for stream, held in cached.items():
@@ -143,8 +163,10 @@ class Sherl(Method):
         return taps, last
 
     @staticmethod
-    def build(backbone: Backbone, spec: RouteSpec) -> SherlEncoder | SherlSeq2Seq:
+    def build(backbone: Backbone, spec: RouteSpec) -> SherlEncoder | SherlSeq2Seq | DualRoute:
         """A fresh route; only its own parameters require gradients."""
+        if backbone.family.towers:
+            return DualRoute(backbone, spec, partial(_clip_side, spec.init)).to(backbone.device)
         kind = SherlSeq2Seq if backbone.family.seq2seq else SherlEncoder
         return kind(backbone, spec).to(backbone.device)
 

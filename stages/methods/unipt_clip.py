@@ -55,8 +55,18 @@ class ClipUniPT(Published):
         Returns `[B, E]`.
         """
         stacked = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
-        embedding = anchor.flatten(1)
-        targets = self.down(F.relu(stacked).flatten(1, 2)).view(*stacked.shape[:3], -1)
+        reduced = self.reduced(stacked.flatten(1, 2)).view(*stacked.shape[:3], -1)
+        return self.fused(reduced, anchor.flatten(1), mask, position)
+
+    def reduced(self, states: Tensor) -> Tensor:
+        """Taps `[K, n, d] -> [K, n, h]`, each token for itself."""
+        out: Tensor = self.down(F.relu(states))
+        return out
+
+    def fused(
+        self, targets: Tensor, embedding: Tensor, mask: Tensor | None, position: Tensor | None
+    ) -> Tensor:
+        """`forward` of what is reduced already, `[K, B, S, h]`, and the embedding `[B, E]`."""
         query = self.down_anchor(F.relu(embedding))
         scores = (targets @ query.unsqueeze(-1)).squeeze(-1)  # [K, B, S]
         if mask is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from sherl_pipe.cache import StreamSpec
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
@@ -17,8 +18,10 @@ from sherl_pipe.stages.methods.base import (
     pooled,
     require_late,
 )
+from sherl_pipe.stages.methods.dual import DualRoute, dual_taps
 from sherl_pipe.stages.methods.live import live_encoder
 from sherl_pipe.stages.methods.unipt import UniPT, reduce_packed
+from sherl_pipe.stages.methods.unipt_clip import ClipUniPT
 from sherl_pipe.stages.methods.unipt_seq2seq import UniptSeq2Seq
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
@@ -58,6 +61,12 @@ class Unipt(Method):
 
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 4, "late": 0, "init": "paper"}
     inits = ("paper",)
+    dual = True
+
+    @classmethod
+    def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """Of a dual encoder's embeddings nothing is reduced, as published."""
+        return {**cls.usual, "reduction": 1} if "image" in streams else cls.usual
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -66,13 +75,13 @@ class Unipt(Method):
 
     @staticmethod
     def variant(family: Family) -> str:
-        """The published form for CLIP-ViL.
+        """The published form for CLIP4Clip on dual encoders, for CLIP-ViL on all others.
 
-        It is the one whose result replaces an encoder's output at the encoder's own width, in front
+        The latter is the one whose result replaces an encoder's output at the encoder's own width, in front
         of an answer head. That for a BERT beside an image encoder ends in an embedding of another
         width, which is compared with those of images.
         """
-        return "clipvil"
+        return "clip4clip" if family.towers else "clipvil"
 
     @staticmethod
     def choose_taps(
@@ -82,6 +91,8 @@ class Unipt(Method):
 
         Raises InputError for fewer than two of a stream, and for late blocks.
         """
+        if backbone.family.towers:
+            return dual_taps(backbone, late, cached, "unipt")
         require_late(late, 0, 0, "unipt")
         every = {stream: range(len(backbone.blocks(stream)) + 1) for stream in cached}
         return {
@@ -89,7 +100,9 @@ class Unipt(Method):
         }, {}
 
     @staticmethod
-    def build(backbone: Backbone, spec: RouteSpec) -> UniptEncoder | UniptSeq2Seq:
+    def build(backbone: Backbone, spec: RouteSpec) -> UniptEncoder | UniptSeq2Seq | DualRoute:
         """A fresh route; only its own parameters require gradients."""
+        if backbone.family.towers:
+            return DualRoute(backbone, spec, ClipUniPT).to(backbone.device)
         kind = UniptSeq2Seq if backbone.family.seq2seq else UniptEncoder
         return kind(backbone, spec).to(backbone.device)
