@@ -111,8 +111,12 @@ def run(config: Path | None) -> None:
             "--image",
             "images",
             multiple=True,
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Repeatable.",
+            type=click.Path(exists=True, path_type=Path),
+            help="A file or a folder of images (repeatable); with --text what a dual encoder ranks "
+            "for each text.",
+        ),
+        click.option(
+            "--top", type=click.IntRange(1), default=5, help="Images that are shown for each text."
         ),
         click.option(
             "--file",
@@ -130,6 +134,7 @@ def predict(
     model: str | None,
     texts: tuple[str, ...],
     images: tuple[Path, ...],
+    top: int,
     file: Path | None,
     text_columns: tuple[str, ...],
     image_column: str | None,
@@ -137,6 +142,9 @@ def predict(
     as_json: bool,
 ) -> None:
     """Answer with an adapter on the live backbone."""
+    if texts and images and file is None:
+        _rank(adapter, model, texts, images, device, top, as_json)
+        return
     if sum((bool(texts), bool(images), file is not None)) != 1:
         raise click.UsageError("give --text, --image or --file, and one of them only")
     from sherl_pipe.pipeline import console
@@ -286,6 +294,33 @@ def _plan(config: RunConfig, *, tunings: int | None, as_json: bool) -> None:
         return
     for part in report_plan.tables(planned):
         console.results().print(part)
+
+
+def _rank(
+    adapter: Path,
+    model: str | None,
+    texts: tuple[str, ...],
+    images: tuple[Path, ...],
+    device: str,
+    top: int,
+    as_json: bool,
+) -> None:
+    from sherl_pipe.pipeline import console
+    from sherl_pipe.pipeline.retrieve import Retriever
+
+    retriever = Retriever(adapter, model=model, device=device)
+    with console.bars() as bars:
+        rankings = retriever.rank(texts, images, top, bars)
+    if as_json:
+        for ranking in rankings:
+            _print_json(ranking, indent=None)
+        return
+    cells = [
+        [ranking["text"] if number == 0 else "", f"{each['score']:.3f}", each["image"]]
+        for ranking in rankings
+        for number, each in enumerate(ranking["images"])
+    ]
+    console.results().print(console.table("", ("text", "cosine", "image"), cells))
 
 
 def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:

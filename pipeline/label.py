@@ -1,4 +1,4 @@
-"""Attach labels to texts or images that a cache already holds, joined by id."""
+"""Attach labels to texts or images, or pairs of them, that a cache already holds, joined by id."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable, 
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.labels import Label
+from sherl_pipe.pipeline.label_pairs import attach_pairs
 from sherl_pipe.stages.data import Source, load_sources
 from sherl_pipe.stages.targets import encode_label, task_spec
 from sherl_pipe.stages.templates import PictureTemplate, Template
@@ -59,6 +60,10 @@ def attach_labels(
                     todo="A file is named by its split: train.jsonl, validation.jsonl, ...",
                 )
             )
+    if "image" in cache.identity.streams:
+        _check_pairs(options)
+        named = dict(zip(roles, files, strict=True))
+        return attach_pairs(cache, task, named, options.text_columns, options.image_column)
     read = [_read(cache, file, options) for file in files]
     others = [table for role, table in cache.tasks.get(task, {}).items() if role not in roles]
     # Labels of a part of a task's splits keep the meaning that the task has.
@@ -71,6 +76,15 @@ def attach_labels(
     ]
     with CacheWriter.open(cache.path, cache.identity) as writer:
         return {table.role: writer.write_labels(table) for table in tables}
+
+
+def _check_pairs(options: LabelOptions) -> None:
+    """Raise InputError for what files of pairs do not have."""
+    for name in ("id_column", "label_column"):
+        given = getattr(options, name)
+        if given:
+            wanted = "none: the cache is of a dual encoder, which has pairs of texts and images"
+            raise InputError(explain(name.replace("_", " "), expected=wanted, found=repr(given)))
 
 
 def _encode(spec: TaskSpec, file: Path, values: Sequence[Any]) -> Iterator[Label]:

@@ -146,7 +146,8 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     if upper_bound(ready.sources, trees, ready.identity, dual and dual.size) <= free:
         return
     if dual is not None:
-        return _require(uncompressed_bytes(ready, dual), free, ready.path)
+        _require(uncompressed_bytes(ready, dual), free, ready.path)
+        return
     say("extract: the disk is not obviously large enough; measuring a sample")
     cache = _begun(ready)
     setup = _setup(ready)

@@ -12,10 +12,12 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.opening import pick_device
-from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
-from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.adapter import AdapterConfig, TunedModel, load_route, read_adapter
+from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import check_text, load_sources
 from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor, read_inputs
+from sherl_pipe.stages.methods.base import Route
+from sherl_pipe.stages.picture_files import image_files
 from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Input, PictureTemplate, Template
@@ -32,6 +34,23 @@ class Prediction:
     probability: float | None
 
 
+def open_adapter(
+    folder: Path, model: str | None, device: str
+) -> tuple[AdapterConfig, Backbone, Route, Any]:
+    """An adapter's config, its live backbone, its route, and what reads inputs.
+
+    Raises what loading raises, and StaleCacheError for another backbone or preprocessor.
+    """
+    config, _ = read_adapter(folder)
+    name = model or str(config.backbone["name"])
+    revision = config.backbone.get("revision")
+    backbone = load_backbone(name, revision=revision, device=pick_device(device))
+    config, route = load_route(folder, backbone)
+    preprocessor = load_preprocessor(name, revision)
+    check_preprocessor(config.tokenizer, preprocessor, str(folder))
+    return config, backbone, route, preprocessor
+
+
 class Predictor:
     """An adapter attached to its live backbone.
 
@@ -44,13 +63,16 @@ class Predictor:
     """
 
     def __init__(self, folder: Path, *, model: str | None = None, device: str = "auto") -> None:
-        config, _ = read_adapter(folder)
-        name = model or str(config.backbone["name"])
-        revision = config.backbone.get("revision")
-        backbone = load_backbone(name, revision=revision, device=pick_device(device))
-        self.config, route = load_route(folder, backbone)
-        self.tokenizer = load_preprocessor(name, revision)
-        check_preprocessor(config.tokenizer, self.tokenizer, str(folder))
+        if read_adapter(folder)[0].labels.kind == "retrieval":
+            raise InputError(
+                explain(
+                    f"inputs for {folder}",
+                    expected="--text and --image, which the adapter compares",
+                    found="only one of them, or --file",
+                )
+            )
+        self.config, backbone, route, self.tokenizer = open_adapter(folder, model, device)
+        config = self.config
         self.template = Template.from_json(config.template)
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
@@ -65,10 +87,10 @@ class Predictor:
         return isinstance(self.template, PictureTemplate)
 
     def rows_of_images(self, files: Sequence[Path]) -> list[Input]:
-        """Images from the command line."""
+        """Images from the command line; of folders all that are in them."""
         if not self.images:
             raise _other_inputs("--image", "--text", "texts")
-        return [Picture(file, str(file)) for file in files]
+        return [Picture(file, str(file)) for path in files for file in image_files(path)]
 
     def rows_of_texts(self, texts: Sequence[str]) -> list[Input]:
         """Texts from the command line; for pairs, two and two belong together."""

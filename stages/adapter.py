@@ -86,8 +86,8 @@ class TunedModel(nn.Module):
 
     Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
     `logits`, ...), `loss` and `logits [B, outputs]` for a pooled head, and unit embeddings of texts
-    or images or both for a dual encoder (`text_embeds`, `image_embeds`, ...). Inputs may be padded on
-    either side: the backbone is told where tokens are, unless it finds that by itself.
+    or images or both for a dual encoder (`text_embeds`, `image_embeds`, ...). Inputs may be padded
+    on either side: the backbone is told where tokens are, unless it finds that by itself.
     """
 
     def __init__(self, backbone: Backbone, route: Route) -> None:

@@ -42,9 +42,7 @@ class DualReader:
         """Hash of everything that turns texts into ids and pixels into values."""
         return hash_json([tokenizer_fingerprint(self.tokenizer), self.pictures.fingerprint])
 
-    def read(
-        self, inputs: Sequence[Input], max_length: int, progress: Progress = silent
-    ) -> Tokens:
+    def read(self, inputs: Sequence[Input], max_length: int, progress: Progress = silent) -> Tokens:
         """Texts cut at `max_length`, or images; not both.
 
         Raises InputError for a text whose end is not its last token: the tower's embedding is that

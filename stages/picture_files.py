@@ -78,6 +78,17 @@ def _images(path: Path) -> Iterator[Path]:
         yield file
 
 
+def image_files(path: Path) -> list[Path]:
+    """An image file itself, or all images in a folder and the folders in it, by name.
+
+    Raises InputError for a folder without any, or with other files.
+    """
+    found = sorted(_images(path)) if path.is_dir() else [path]
+    if not found:
+        raise InputError(explain(f"{path}", expected="a folder of images", found="none in it"))
+    return found
+
+
 def image_column_of(row: Mapping[str, Any], named: str | None, origin: str) -> str:
     """The column that holds images. Raises InputError where none has a usual name."""
     column = named or next((name for name in _USUAL if name in row), None)

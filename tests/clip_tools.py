@@ -19,10 +19,12 @@ _WORDS = ["a", "the", "one", "big", "small", "very", *COLOURS, *SHAPES]
 SIDE = 12
 
 
-def save_clip(folder: Path, seed: int = 0, **text: Any) -> str:
-    """A random CLIP whose towers differ in width and depth; the folder's path."""
+def save_clip(folder: Path, seed: int = 0, *, old: bool = False, **text: Any) -> str:
+    """A random CLIP whose towers differ in width and depth; the folder's path. The config of an
+    old one does not name the end token, which has the largest number."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer("clip", _WORDS)
+    tokenizer = make_tokenizer("clip-old" if old else "clip", _WORDS)
+    text |= {"eos_token_id": 2} if old else {}
     shape = {"num_attention_heads": 4, "intermediate_size": 48}
     config = CLIPConfig(
         text_config={
@@ -79,7 +81,8 @@ def draw(colour: str, shape: str, seed: int) -> Image.Image:
 
 def write_pairs(folder: Path, copies: int = 6) -> Path:
     """`<folder>/shapes/<split>.jsonl` and the images. Training images show every colour and shape
-    `copies` times, with two captions each; held-out images one of each with one."""
+    `copies` times, with two captions each, of several lengths; held-out images one of each with
+    one."""
     numbers = iter(range(10_000))
     for role, many in (("train", copies), ("validation", 1)):
         rows = []
@@ -91,8 +94,9 @@ def write_pairs(folder: Path, copies: int = 6) -> Path:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     draw(colour, shape, number).save(file)
                     named = f"../images/{number}.png"
-                    captions = [f"a {colour} {shape}", f"the very big {colour} {shape}"]
-                    texts = captions if role == "train" else captions[:1]
+                    very = "very " * (number % 3)
+                    captions = [f"a {colour} {shape}", f"the {very}big {colour} {shape}"]
+                    texts = captions if role == "train" else [captions[number % 2]]
                     rows += [{"image": named, "caption": text} for text in texts]
         write_rows(folder / "shapes" / f"{role}.jsonl", rows)
     return folder

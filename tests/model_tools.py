@@ -155,7 +155,10 @@ def make_tokenizer(family: str, words: list[str] = WORDS) -> PreTrainedTokenizer
     special = ["<pad>", "</s>", "<unk>", "<s>"]
     if family == "mpnet":  # its padding is 1, whatever its config says
         special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    ordered = [*special, *words]
+    if family == "clip-old":
+        ordered.append(ordered.pop(special.index("</s>")))
+    vocabulary = {word: number for number, word in enumerate(ordered)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -169,4 +169,3 @@ def dual_taps(
     for stream, held in cached.items():
         cached_taps(stream, held, [len(backbone.blocks(stream))])
     return dict(cached), {}
-

@@ -77,9 +77,9 @@ class Unipt(Method):
     def variant(family: Family) -> str:
         """The published form for CLIP4Clip on dual encoders, for CLIP-ViL on all others.
 
-        The latter is the one whose result replaces an encoder's output at the encoder's own width, in front
-        of an answer head. That for a BERT beside an image encoder ends in an embedding of another
-        width, which is compared with those of images.
+        The latter is the one whose result replaces an encoder's output at the encoder's own width,
+        in front of an answer head. That for a BERT beside an image encoder ends in an embedding of
+        another width, which is compared with those of images.
         """
         return "clip4clip" if family.towers else "clipvil"
 
