@@ -305,7 +305,7 @@ def _rank(
     top: int,
     as_json: bool,
 ) -> None:
-    from sherl_pipe.pipeline import console
+    from sherl_pipe.pipeline import console, report
     from sherl_pipe.pipeline.retrieve import Retriever
 
     retriever = Retriever(adapter, model=model, device=device)
@@ -315,12 +315,7 @@ def _rank(
         for ranking in rankings:
             _print_json(ranking, indent=None)
         return
-    cells = [
-        [ranking["text"] if number == 0 else "", f"{each['score']:.3f}", each["image"]]
-        for ranking in rankings
-        for number, each in enumerate(ranking["images"])
-    ]
-    console.results().print(console.table("", ("text", "cosine", "image"), cells))
+    console.results().print(report.rank_table(rankings))
 
 
 def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:

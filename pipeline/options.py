@@ -26,7 +26,10 @@ DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1,
 MOVED = click.option("--model", help="Where the backbone is, if it has moved.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 TEXT_COLUMNS = click.option(
-    "--text-column", "text_columns", multiple=True, help="Column with the text; twice for pairs."
+    "--text-column",
+    "text_columns",
+    multiple=True,
+    help="Column with the text, twice for pairs; of a dual encoder each with captions.",
 )
 IMAGE_COLUMN = click.option(
     "--image-column", help="Column with the path, relative to the file, or the bytes of an image."
@@ -39,14 +42,14 @@ METHOD = click.option(
 REDUCTION = click.option(
     "--reduction",
     type=click.IntRange(1),
-    help="Width over reduced width, for dtl over the rank.  [default: 4 for sherl and unipt, 8 for "
-    "lst; rank 2 for dtl; weighted and linear reduce nothing]",
+    help="Width over reduced width, for dtl over the rank.  [default: 4 for sherl and unipt, 1 on "
+    "dual encoders; 8 for lst; rank 2 for dtl; weighted and linear reduce nothing]",
 )
 LATE = click.option(
     "--late",
     type=click.IntRange(0),
-    help="Late blocks.  [default: of sherl 1 on T5, else 2; half of all for dtl; for weighted and "
-    "linear on T5 those behind the last cached tap; others have none]",
+    help="Late blocks.  [default: of sherl 1 on T5, none on dual encoders, else 2; half of all for "
+    "dtl; for weighted and linear on T5 those behind the last cached tap; others have none]",
 )
 EPOCHS = click.option("--epochs", type=click.IntRange(1), default=10)
 BATCH_SIZE = click.option("--batch-size", type=click.IntRange(1), default=32)
@@ -70,7 +73,8 @@ EXTRACT = [
         "source",
         help="glue, glue/<task>, another hub id, a folder NAME/<task>/<split>.jsonl|csv|tsv|"
         "parquet, one such file, or demo; for a model of images also a folder "
-        "NAME/<task>/<split>/<class>/*.png|jpg|....  [default: glue; demo for --model demo]",
+        "NAME/<task>/<split>/<class>/*.png|jpg|...., for a dual encoder files with images and "
+        "captions.  [default: glue; demo for --model demo]",
     ),
     click.option(
         "--cache",

@@ -23,7 +23,7 @@ from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_b
 from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
 from sherl_pipe.stages.dual_reader import DualReader
-from sherl_pipe.stages.extract import inputs_of, token_bytes, words_of
+from sherl_pipe.stages.extract import words_of
 from sherl_pipe.stages.inputs import family_of_model
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
@@ -31,13 +31,12 @@ from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
 from sherl_pipe.stages.scratch import memory_writer
 from sherl_pipe.stages.survey import (
-    EXAMPLE_BYTES,
-    STREAM_BYTES,
     Survey,
     Trees,
     amounts,
     survey,
     task_amounts,
+    uncompressed_bytes,
     upper_bound,
 )
 from sherl_pipe.stages.task import train_and_held_out
@@ -146,7 +145,10 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     if upper_bound(ready.sources, trees, ready.identity, dual and dual.size) <= free:
         return
     if dual is not None:
-        _require(uncompressed_bytes(ready, dual), free, ready.path)
+        size = uncompressed_bytes(ready.sources, ready.templates, dual, ready.identity)
+        store = LocalStore(ready.path)  # what it holds is written already
+        held = sum(store.size(key) or 0 for key in store.list())
+        _require(size - held, free, ready.path)
         return
     say("extract: the disk is not obviously large enough; measuring a sample")
     cache = _begun(ready)
@@ -162,20 +164,6 @@ def require_space(ready: Prepared, bars: Bars) -> None:
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
         need += round(size * (_left(cache, amount) if cache is not None else 1))
     _require(need, free, ready.path)
-
-
-def uncompressed_bytes(ready: Prepared, reader: DualReader) -> int:
-    """Bytes that the features of pairs take without compression, less what is written already."""
-    known: dict[bytes, str] = {}
-    total = 0
-    for source in ready.sources:
-        inputs = inputs_of(source, ready.templates[source.key], known)
-        tokens = reader.read(list(inputs.texts.values()), ready.identity.max_length)
-        spec = ready.identity.streams[source.stream or ""]
-        total += int(tokens.lengths.sum()) * token_bytes(ready.identity.codec, spec)
-        total += EXAMPLE_BYTES * len(source.rows) + STREAM_BYTES
-    store = LocalStore(ready.path)
-    return total - sum(store.size(key) or 0 for key in store.list())
 
 
 def _require(need: int, free: int, path: Path) -> None:

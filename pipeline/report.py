@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -69,6 +69,16 @@ def tune_table(results: Sequence[TuneResult]) -> Table:
         "peak MiB",
     )
     return table("", columns, rows)
+
+
+def rank_table(rankings: Sequence[Mapping[str, Any]]) -> Table:
+    """Images that were found for texts, as `Retriever.rank` gives them."""
+    rows = [
+        [ranking["text"] if number == 0 else "", f"{each['score']:.3f}", each["image"]]
+        for ranking in rankings
+        for number, each in enumerate(ranking["images"])
+    ]
+    return table("", ("text", "cosine", "image"), rows)
 
 
 def describe(cache: FeatureCache) -> dict[str, Any]:

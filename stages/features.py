@@ -116,6 +116,7 @@ class FeatureSource:
 
     Attributes:
         home: where coded rows live.
+        homes: all there are: this one.
 
     Raises InputError naming the first id that the cache does not hold, and where there is no room
     in the residency that is asked for.
@@ -139,13 +140,9 @@ class FeatureSource:
         self._locate(cache, table)
         size = sum(form.size for form in self._forms.values())
         self.home = choose(residency, size, budget, device, beside)
+        self.homes = [self.home]
         self._readers = readers or min(4, max(1, (os.cpu_count() or 1) // 2))
         self._kept: Shelf | None = None
-
-    @property
-    def homes(self) -> list[Home]:
-        """All there are: one."""
-        return [self.home]
 
     @property
     def summary(self) -> str:

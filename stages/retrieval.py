@@ -83,7 +83,7 @@ def first_ranks(queries: Tensor, targets: Tensor, query: Ints, target: Ints) -> 
     return np.concatenate(ranks)
 
 
-def contrastive(texts: Tensor, images: Tensor, scale: float, others: Tensor) -> Tensor:
+def contrastive(texts: Tensor, images: Tensor, scale: Tensor | float, others: Tensor) -> Tensor:
     """Cross-entropy of a batch of pairs over its images for each text and over its texts for each
     image, the mean of both (Radford et al., ICML 2021; Luo et al., CLIP4Clip, 2022).
 

@@ -245,6 +245,27 @@ def upper_bound(
     return total
 
 
+def uncompressed_bytes(
+    sources: Iterable[Source], templates: Mapping[str, Template], tokenizer: Any, identity: Identity
+) -> int:
+    """Bytes that the inputs of a dual encoder take without compression; all are tokenised.
+
+    Args:
+        templates: by the sources' keys.
+        tokenizer: the `DualReader`.
+
+    Raises InputError for a text that does not end as the model wants it.
+    """
+    places: dict[bytes, str] = {}
+    total = 0
+    for source in sources:
+        inputs = inputs_of(source, templates[source.key], places)
+        tokens = read_inputs(tokenizer, list(inputs.texts.values()), identity.max_length)
+        row = token_bytes(identity.codec, identity.streams[source.stream or ""])
+        total += int(tokens.lengths.sum()) * row + EXAMPLE_BYTES * len(source.rows) + STREAM_BYTES
+    return total
+
+
 def _most_tokens(value: Any) -> int:
     """What no input of this value exceeds; of an image, as many as there may be."""
     return (

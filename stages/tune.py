@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,14 +92,7 @@ class Tuner:
     @property
     def key(self) -> str:
         """Names everything that determines the result."""
-        labels = [
-            (
-                table.role,
-                [i.hex() for i in table.ids],
-                [i.hex() for i in table.image_ids] or list(table.labels),
-            )
-            for table in (self.task.train, self.task.held_out)
-        ]
+        labels = [table.to_json() for table in (self.task.train, self.task.held_out)]
         identity = self.task.cache.identity.fingerprint()
         return hash_json([asdict(self.settings), self.spec.to_json(), identity, labels])
 
@@ -164,8 +156,8 @@ class Tuner:
             return self.scoring.loss(logits, torch.from_numpy(self.task.words_of(labels)))
         if self.task.spec.kind == "retrieval":
             texts, images = hidden
-            route: Any = self.route
-            return contrastive(texts, images, route.scale, self.task.pairings[0].others(rows))
+            others = self.task.pairings[0].others(rows)
+            return contrastive(texts, images, self.route.get_buffer("scale"), others)
         logits = self.route.logits(hidden).float()
         wanted = self.task.targets(rows.tolist(), hidden.device)
         if self.task.spec.kind == "classification":

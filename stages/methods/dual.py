@@ -31,8 +31,10 @@ class DualRoute(Route):
         make: makes a side block.
 
     Attributes:
-        scale: of cosines, as the frozen model has it.
+        scale: of cosines, as the frozen model has it; of no dimension.
     """
+
+    scale: Tensor
 
     def __init__(self, backbone: Backbone, spec: RouteSpec, make: MakeSide) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class DualRoute(Route):
             self.norms[stream] = share(model.get_submodule(tower.norm))
             self.projections[stream] = share(model.get_submodule(tower.projection))
         logit_scale: Any = model.logit_scale
-        self.scale = float(logit_scale.exp())
+        self.register_buffer("scale", logit_scale.detach().exp(), persistent=False)
 
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream."""
