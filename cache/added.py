@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sherl_pipe.cache.errors import CorruptCacheError, explain, hint, shown
+from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.schema import (
     ADDED_VERSION,
     DECLARATIONS,
@@ -47,6 +48,14 @@ def read_added(store: LocalStore, identity: Identity) -> Identity:
             specs = _read(unseal(store.read(key), path), path, number, identity)
         identity = replace(identity, added=(*identity.added, specs))
     return identity
+
+
+def stored_identity(store: LocalStore) -> Identity | None:
+    """What the cache at a store was made with, what was added included; None where there is none.
+
+    Raises InputError for another format, CorruptCacheError, UnsafeError.
+    """
+    return read_added(store, read_root(store)[0]) if store.exists(METADATA) else None
 
 
 def declare(store: LocalStore, identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:

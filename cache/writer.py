@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sherl_pipe.cache import labels as label_files
-from sherl_pipe.cache.added import declare, read_added
+from sherl_pipe.cache.added import declare, stored_identity
 from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.lock import write_lock
-from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.manifest import METADATA
 from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.cache.stream_writer import StreamWriter
@@ -45,10 +45,9 @@ class CacheWriter:
         with write_lock(root):
             store = LocalStore(root)
             store.remove_partials()
-            if store.exists(METADATA):
-                found, _ = read_root(store)
+            found = stored_identity(store)
+            if found is not None:
                 found.require(identity, str(root))
-                found = read_added(store, found)
                 if missing := found.missing(identity):
                     found = declare(store, found, missing)
             else:

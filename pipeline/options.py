@@ -83,7 +83,11 @@ EXTRACT = [
         default="int8",
         help="How features are stored.",
     ),
-    click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
+    click.option(
+        "--taps",
+        default="paper",
+        help="paper, all, or numbers: 0,4,8. Those that an existing cache lacks are added to it.",
+    ),
     click.option(
         "--template",
         type=click.Choice(["task", "neutral"]),

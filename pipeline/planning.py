@@ -12,8 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, InputError, LabelTable, StorageError
+from sherl_pipe.cache import (
+    CODECS,
+    CacheWriter,
+    FeatureCache,
+    Identity,
+    InputError,
+    LabelTable,
+    StorageError,
+    StreamSpec,
+)
 from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
@@ -37,6 +47,8 @@ SECONDS = 1.5
 ROOM = 1 << 30
 # Rows of a label table whose size is measured.
 LABEL_ROWS = 2000
+# A tap that is coded as it is takes at most so many times the bytes of one coded as a difference.
+FIRST_TAP = 1.3
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,13 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     """
     free = LocalStore(ready.path).free_bytes()
     trees = _trees_of(ready)
+    cache = _begun(ready)
+    if cache is not None:  # what it has stays, and new texts get all of it
+        missing = cache.identity.missing(ready.identity)
+        ready = replace(ready, identity=_whole(cache.identity, missing))
     if upper_bound(ready.sources, trees, ready.identity) <= free:
         return
     say("extract: the disk is not obviously large enough; measuring a sample")
-    cache = _begun(ready)
     setup = _setup(ready)
     counted, needed = _count(ready, held_examples(ready.path) if cache else {}, bars)
     if not any(split.ids for split in counted.splits):
@@ -135,7 +150,8 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     need = 0 if LocalStore(ready.path).exists(RECORD) else _other_bytes(ready)
     for amount in _amounts(setup, counted, needed):
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
-        need += round(size * (_left(cache, amount) if cache is not None else 1))
+        taps = len(ready.identity.spec(amount.stream).taps)
+        need += round(size * (_left(cache, amount, taps) if cache is not None else 1))
     if need > free:
         raise StorageError(
             errno.ENOSPC,
@@ -156,12 +172,31 @@ def _begun(ready: Prepared) -> FeatureCache | None:
     return FeatureCache(store, identity, root)
 
 
-def _left(cache: FeatureCache, amount: Amount) -> float:
-    """The share of a stream that is still to be written."""
-    if amount.split in cache.splits and amount.stream in cache.streams(amount.split):
-        return 0.0
-    done, shards = cache.incomplete.get(f"{amount.split}/{amount.stream}", (0, 0))
-    return 1 - done / max(1, shards)
+def _whole(identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:
+    """A cache as it would be if all of its taps had been extracted at once."""
+    streams = {}
+    for name in identity.streams:
+        spec, more = identity.held(name), missing[name].taps if name in missing else ()
+        streams[name] = replace(spec, taps=tuple(sorted((*spec.taps, *more))))
+    return replace(identity, streams=streams, added=())
+
+
+def _left(cache: FeatureCache, amount: Amount, taps: int | None = None) -> float:
+    """The share of a stream that is still to be written; of `taps` in all, by default those that
+    the cache has.
+
+    The first tap of an addition is coded without one before it, and then counts as much as it can.
+    """
+    there = 0.0
+    for part in cache.identity.parts(amount.stream):
+        own = len(cache.identity.spec(part).taps)
+        done, shards = cache.incomplete.get(f"{amount.split}/{part}", (0, 0))
+        if shards:
+            there += own * done / shards
+        elif amount.split in cache.splits and amount.stream in cache.streams(amount.split):
+            there += own
+    left = max(0.0, 1 - there / (taps or len(cache.identity.held(stream_kind(amount.stream)).taps)))
+    return left * FIRST_TAP if there and left else left
 
 
 def _setup(ready: Prepared) -> Setup:

@@ -8,6 +8,12 @@ from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
 from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.pipeline.added import (
+    naming_the_extraction,
+    say_what_is_added,
+    say_what_is_left,
+    specs_of,
+)
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import (
@@ -48,6 +54,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     ready = prepare(config)
     path, identity = ready.path, ready.identity
     say(_before_extract(ready))
+    say_what_is_added(path, identity)
     require_space(ready, bars)
     reports = []
     with CacheWriter.open(path, identity) as writer:
@@ -62,22 +69,26 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         )
         known = held_examples(path)
         for source in ready.sources:
-            reports.append(extractor.split(source, ready.templates[source.name], known))
+            reports += extractor.split(source, ready.templates[source.name], known)
         for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
-            reports += _extract_words(extractor, FeatureCache.open(path))
-        where = {"path": str(path), "identity": identity.fingerprint()}
+            reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
+        where = {"path": str(path), "identity": writer.identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
+    say_what_is_left(FeatureCache.open(path))
     return reports
 
 
-def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
-    return [extractor.words(cache, split, tree) for split, tree in missing]
+def _extract_words(
+    extractor: Extractor, cache: FeatureCache, *, whole: bool = False
+) -> list[Report]:
+    """Decoder states that label words still lack, from the cached encoder; with `whole`, those of
+    added taps too."""
+    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start, whole=whole)
+    return [each for split, tree in missing for each in extractor.words(cache, split, tree)]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -107,7 +118,7 @@ def open_for_tuning(
     """
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
-    own = method_settings(config.tune, cache.identity.streams)
+    own = method_settings(config.tune, specs_of(cache, config.tune.tasks))
     late = find_method(config.tune.method).late_blocks(own["late"])
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
@@ -160,8 +171,11 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, backbone.family, cache.identity.streams)
+    wanted = tunings(config, backbone.family, specs_of(cache, names))
     asked = [(task, settings) for task in tasks for settings in wanted]
+    with naming_the_extraction(cache.path):
+        for task, settings in asked:
+            _ = task.route_spec(settings)
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
     pruning = Pruning(config, cache, tokenizer, model, bars)
     outcomes: dict[tuple[str, str], Outcome] = {}

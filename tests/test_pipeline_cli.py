@@ -159,7 +159,6 @@ def test_extracting_again_does_nothing_and_new_labels_are_taken(
     ("options", "field"),
     [
         (("--codec", "float32"), "codec: expected {'name': 'float32'}"),
-        (("--taps", "all"), "hidden taps: expected [0, 1, 2, 3, 4], found [0, 1, 2, 3]"),
         (("--max-length", 9), "max_length: expected 9, found 64"),
         (("--template", "task"), "template: expected task, found neutral"),
         (("--dtype", "bfloat16"), "backbone dtype: expected bfloat16, found float32"),

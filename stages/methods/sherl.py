@@ -21,7 +21,7 @@ from sherl_pipe.stages.methods.late import encode_late
 from sherl_pipe.stages.methods.live import enter_with
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
-from sherl_pipe.stages.taps import paper_taps
+from sherl_pipe.stages.taps import LackingTapsError, paper_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
@@ -131,13 +131,9 @@ class Sherl(Method):
             last[stream] = wanted[-1] if stream == "encoder" else top
             needed = {*wanted, last[stream]}
             if not needed <= set(held) or len(wanted) < 2:
-                raise InputError(
-                    explain(
-                        f"taps of the {stream} stream",
-                        expected=f"{sorted(needed)} for --late {late}",
-                        found=f"{list(held)} in the cache",
-                        todo="Extract to another --cache with --taps all.",
-                    )
+                every = paper_taps(backbone.family, stream, blocks, late)
+                raise LackingTapsError(
+                    stream, f"{sorted(needed)} for --late {late}", held, {*every, last[stream]}
                 )
             taps[stream] = tuple(wanted)
         return taps, last
