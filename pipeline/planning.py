@@ -185,18 +185,21 @@ def _left(cache: FeatureCache, amount: Amount, taps: int | None = None) -> float
     """The share of a stream that is still to be written; of `taps` in all, by default those that
     the cache has.
 
-    The first tap of an addition is coded without one before it, and then counts as much as it can.
+    The first tap of an addition is coded without one before it, which takes more.
     """
-    there = 0.0
-    for part in cache.identity.parts(amount.stream):
+    kind = stream_kind(amount.stream)
+    whole = amount.split in cache.splits and amount.stream in cache.streams(amount.split)
+    left, known = 0.0, 0
+    for number, part in enumerate(cache.identity.parts(amount.stream)):
         own = len(cache.identity.spec(part).taps)
+        known += own
         done, shards = cache.incomplete.get(f"{amount.split}/{part}", (0, 0))
-        if shards:
-            there += own * done / shards
-        elif amount.split in cache.splits and amount.stream in cache.streams(amount.split):
-            there += own
-    left = max(0.0, 1 - there / (taps or len(cache.identity.held(stream_kind(amount.stream)).taps)))
-    return left * FIRST_TAP if there and left else left
+        share = 1 - done / shards if shards else float(not whole)
+        left += share * (own + (FIRST_TAP - 1 if number else 0))
+    every = taps or len(cache.identity.held(kind).taps)
+    if every > known:
+        left += every - known + FIRST_TAP - 1
+    return left / every
 
 
 def _setup(ready: Prepared) -> Setup:

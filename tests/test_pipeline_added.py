@@ -218,7 +218,7 @@ def test_room_for_an_addition(
     assert begun is not None
     train = Amount("colour/train", "hidden", 30, 300, 400, 1, 3000)
     assert planning._left(begun, train) == 0
-    assert planning._left(begun, train, 4) == pytest.approx(planning.FIRST_TAP / 2)
+    assert planning._left(begun, train, 4) == pytest.approx((1 + planning.FIRST_TAP) / 4)
     monkeypatch.setattr(planning.LocalStore, "free_bytes", lambda _: 10)
     options = ("--model", models["bert"], "--data", data, "--cache", cache)
     refused(7, "the extraction needs about", argv=("extract", *options, "--taps", "1"))
