@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
-from sherl_pipe.stages.settings import TuneResult
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
 from sherl_pipe.stages.tune import Tuner
@@ -131,7 +132,7 @@ def open_for_tuning(
         tokenizer = load_tokenizer(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        tokens = tokens_of(words, tokenizer) if config.tune.loss == "words" else None
+        tokens = tokens_of(words, tokenizer) if own["loss"] == "words" else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
@@ -196,7 +197,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
             outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
             if isinstance(outcome, TuneResult) and not (tuner.folder / "run.json").is_file():
-                write_record(tuner.folder, config.model_dump(mode="json"), where)
+                write_record(tuner.folder, _resolved(config, tuner.settings), where)
     found = [outcomes[task.name, settings.name] for task, settings in asked]
     for outcome in found:
         if isinstance(outcome, NonFiniteError):
@@ -226,6 +227,15 @@ def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Out
     )
     fresh = iter(pack.run(bars))
     return [next(fresh) if result is None else result for result in done]
+
+
+def _resolved(config: RunConfig, settings: TuneSettings) -> dict[str, Any]:
+    """The config as JSON, with what a tuning's method and preset made of it."""
+    body = config.model_dump(mode="json")
+    chosen = {name: value for name, value in asdict(settings).items() if name in body["tune"]}
+    for name in ("lr", "seed"):
+        chosen[name] = [chosen[name]]
+    return {**body, "tune": {**body["tune"], **chosen}}
 
 
 def _where(cache: FeatureCache) -> dict[str, str]:

@@ -194,6 +194,15 @@ class Method(ABC):
         """
         return cls.usual
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """What the paper has otherwise than `usual_for`, of the same settings and `loss`.
+
+        Args:
+            streams: what a cache holds, or would hold.
+        """
+        return {}
+
     @staticmethod
     @abstractmethod
     def late_blocks(late: int) -> dict[str, int]:

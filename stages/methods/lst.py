@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sherl_pipe.cache import InputError
+from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
@@ -64,6 +64,12 @@ class Lst(Method):
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 8, "late": 0, "init": "random"}
     inits = ("random", "fisher")
     given = frozenset({"fisher"})
+
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """On T5, which alone the paper has, side blocks pruned from the frozen ones, and answers
+        that compete with the whole vocabulary (SPEC 4)."""
+        return {"init": "fisher", "loss": "vocabulary"} if "decoder" in streams else {}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:

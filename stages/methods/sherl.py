@@ -97,6 +97,12 @@ class Sherl(Method):
         late = max(1, min(2, streams["hidden"].blocks - 1))
         return {**cls.usual, "late": late, "head": "probe"}
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """One late block, a closed gate; a fresh head, or on T5 the whole vocabulary (SPEC 3)."""
+        last = {"loss": "vocabulary"} if "decoder" in streams else {"head": "random"}
+        return {"late": 1, "init": "paper", **last}
+
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
         """As many of the stream that ends in the head."""
