@@ -47,8 +47,9 @@ SECONDS = 1.5
 ROOM = 1 << 30
 # Rows of a label table whose size is measured.
 LABEL_ROWS = 2000
-# A tap that is coded as it is takes at most so many times the bytes of one coded as a difference.
-FIRST_TAP = 1.3
+# An addition takes about as much as if its first tap were so many: it has none before it to be
+# coded against, and the others are further apart (docs/codecs.md, on the safe side).
+FIRST_TAP = 1.5
 
 
 @dataclass(frozen=True)
