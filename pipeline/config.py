@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which texts and labels.
+    """Which texts or images, and which labels.
 
     `source` is `demo`, `glue`, `glue/<task>`, another hub id, a folder, or one file; None follows
     the model: the demo's own corpus for `demo`, GLUE for any other.
@@ -38,6 +38,7 @@ class DataConfig(Section):
     source: str | None = None
     tasks: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
+    image_column: str | None = None
     label_column: str | None = None
     limit: Positive | None = None
 

@@ -82,7 +82,7 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
     Raises what an extraction raises before and at its first shard.
     """
     budget = parse_bytes(config.tune.memory_budget)
-    ready = prepare(config)
+    ready = prepare(config, bars)
     begun = time.perf_counter()
     say(f"plan: {config.model} on {ready.backbone.device}; measuring for some seconds")
     setup = _setup(ready)

@@ -35,13 +35,14 @@ from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
+from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.tune import Tuner
 from sherl_pipe.stages.words import tokens_of
 
@@ -52,7 +53,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     Raises what loading, extraction and storage raise; StorageError before anything is written
     where the disk cannot hold it.
     """
-    ready = prepare(config)
+    ready = prepare(config, bars)
     path, identity = ready.path, ready.identity
     say(_before_extract(ready))
     say_what_is_added(path, identity)
@@ -127,16 +128,17 @@ def open_for_tuning(
     # The late route trains in float32 whatever the features were computed in.
     load_whole = partial(load_backbone, name, revision=revision, device=device)
     if whole:
-        backbone, tokenizer = load_whole(), load_tokenizer(name, revision)
+        backbone, tokenizer = load_whole(), load_preprocessor(name, revision)
     else:
-        tokenizer = load_tokenizer(name, revision)
+        tokenizer = load_preprocessor(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        tokens = tokens_of(words, tokenizer) if own["loss"] == "words" else None
+        scored = "decoder" in cache.identity.streams and own["loss"] == "words"
+        tokens = tokens_of(words, tokenizer) if scored else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.
         full = backbone if backbone.whole else load_whole()
@@ -151,7 +153,7 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
     """What refuses label words that the cache's tokenizer cannot tell apart."""
     name = model or str(cache.identity.backbone["name"])
     tokenizer = load_tokenizer(name, cache.identity.backbone.get("revision"))
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
 
     return lambda task, spec: check_words(task, spec, tokenizer)
 

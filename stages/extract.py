@@ -16,16 +16,16 @@ from sherl_pipe.cache import (
     StreamSpec,
     StreamWriter,
 )
-from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, shard_capacity
 from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.data import Source
+from sherl_pipe.stages.inputs import preprocessor_fingerprint, read_inputs
 from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
-from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.tokens import Tokens, tokenize, tokenizer_fingerprint
+from sherl_pipe.stages.templates import Input, Template
+from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def identify(
             "config": backbone.config_hash,
             "dtype": str(backbone.dtype).removeprefix("torch."),
         },
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        tokenizer=preprocessor_fingerprint(tokenizer),
         template=template,
         max_length=max_length,
         streams={
@@ -74,13 +74,14 @@ class Inputs:
     Attributes:
         rows: of the data.
         distinct: different inputs among them.
-        texts: rendered segments by example id, of inputs that no split before this one holds.
+        texts: rendered segments, or the image, by example id, of inputs that no split before this
+            one holds.
         template: that rendered them.
     """
 
     rows: int
     distinct: int
-    texts: Mapping[bytes, tuple[str, ...]]
+    texts: Mapping[bytes, Input]
     template: Template
 
     @property
@@ -99,9 +100,9 @@ class Inputs:
 
 def inputs_of(source: Source, template: Template, known: dict[bytes, str]) -> Inputs:
     """The inputs of a split. `known`, the split of every example, gets those of this one."""
-    distinct: dict[bytes, tuple[str, ...]] = {}
-    for texts in source.texts(template):
-        distinct.setdefault(example_id(texts), texts)
+    distinct: dict[bytes, Input] = {}
+    for identity, texts in zip(source.ids(template), source.inputs(template), strict=True):
+        distinct.setdefault(identity, texts)
     here = {
         identity: texts
         for identity, texts in distinct.items()
@@ -147,7 +148,7 @@ class Extractor:
     Args:
         writer: the open cache.
         backbone: the frozen model, on its device.
-        tokenizer: the model's own.
+        tokenizer: the model's own, or its image processor as a `PictureReader`.
         batch_tokens: padded tokens in a batch; bounds memory.
         shard_bytes: size of a full shard before compression.
         progress, announce: told of progress, and once per stream of what will be done.
@@ -182,7 +183,7 @@ class Extractor:
         """
         stream = self.backbone.family.main
         inputs = inputs_of(source, template, known)
-        tokens = tokenize(
+        tokens = read_inputs(
             self.tokenizer, list(inputs.texts.values()), self.identity.max_length, self.progress
         )
         spec = self.identity.streams[stream]

@@ -128,6 +128,8 @@ class Task:
             settings.init,
             self.outputs,
             settings.pool,
+            backbone.family.front,
+            self.cache.identity.max_length if backbone.family.images else 0,
         )
 
     def targets(self, rows: Sequence[int], device: torch.device) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from model_tools import save_model
 from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.stages.adapter import load_reference
 from sherl_pipe.stages.backbone import Backbone, load_backbone
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.dtl_encoder import patch_grid
 from transformers import ViTConfig
 
@@ -122,6 +125,13 @@ def test_no_published_parameters_for_t5(backbones: dict[str, Backbone], method: 
 
 
 def test_patches_of_an_image() -> None:
-    config = ViTConfig(image_size=(28, 42), patch_size=14)
-    assert patch_grid(SimpleNamespace(config=config)) == (2, 3)  # type: ignore[arg-type]
-    assert patch_grid(SimpleNamespace(config=ViTConfig())) == (14, 14)  # type: ignore[arg-type]
+    def grid(tokens: int, **config: Any) -> tuple[int, int]:
+        backbone: Any = SimpleNamespace(config=ViTConfig(**config), family=FAMILIES["vit"])
+        spec = RouteSpec("dtl+", {}, {}, 1, 2, None, "paper", 2, "mean", 1, tokens)
+        return patch_grid(backbone, spec)
+
+    assert grid(7, image_size=(28, 42), patch_size=14) == (2, 3)
+    assert grid(197) == (14, 14)
+    assert grid(257) == (16, 16)  # images of another size, as DINOv2 reads them
+    with pytest.raises(InputError, match="expected 14 x 14 patches, or a square of them, found 6"):
+        grid(7)

@@ -36,6 +36,8 @@ class RouteSpec:
         init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
         pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
+        front: tokens in front of an image's patches; the mean is over those behind them.
+        tokens: of every image, those in front included; 0 where inputs are texts.
     """
 
     method: str
@@ -47,6 +49,8 @@ class RouteSpec:
     init: str
     outputs: int
     pool: str
+    front: int = 0
+    tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,8 +70,7 @@ class Route(nn.Module):
 
     Attributes:
         spec: its structure.
-        late: the frozen blocks, None for a method that has none. Their dropout stays off: features
-            are those of eval mode too.
+        late: the frozen blocks, None for none. Their dropout is off, as it was for features.
     """
 
     spec: RouteSpec
@@ -253,8 +256,8 @@ class Method(ABC):
         )
 
 
-def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks."""
+def pooled(states: Tensor, mask: Tensor, pool: str, front: int = 0) -> Tensor:
+    """`[B, S, d] -> [B, d]` of tokens that `mask [B, S]` marks; a mean leaves out the `front`."""
     if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
     if pool != "mean":
@@ -263,6 +266,7 @@ def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
         away = places if pool == "first" else -places
         one = away.masked_fill(~mask.bool(), len(places)).argmin(1)
         return states[torch.arange(len(states), device=mask.device), one]
+    states, mask = states[:, front:], mask[:, front:]
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 

@@ -45,7 +45,7 @@ class LstEncoder(PooledRoute):
         mask = packed.mask()
         side = self.ladder(self.ladder.reduce(packed), attention_mask=mask.long())
         # Pooling is linear too, and leaves little to be brought back to the full width.
-        return (self.upsample(pooled(side, mask, self.spec.pool)),)
+        return (self.upsample(pooled(side, mask, self.spec.pool, self.spec.front)),)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving the ladder's states; weights are shared."""

@@ -61,7 +61,7 @@ class SherlEncoder(PooledRoute):
         """Pooled states `[B, d]` of each route's batch; there is no tree."""
         found = encode_late(routes[0].late, [states for (states,) in fused], batches)
         return [
-            pooled(states, mask, route.spec.pool)
+            pooled(states, mask, route.spec.pool, route.spec.front)
             for route, (states, mask) in zip(routes, found, strict=True)
         ]
 
