@@ -46,10 +46,10 @@ TRAIN, HELD_OUT = 1200, 240
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
 RATES = {
-    "sherl": (3e-3, 6e-3, 1.2e-2),
+    "sherl": (1e-3, 3e-3, 1e-2),
     "lst": (3e-3, 6e-3, 1.2e-2),
-    "dtl": (3e-3, 1e-2, 3e-2),
-    "dtl+": (3e-3, 1e-2, 3e-2),
+    "dtl": (1e-2, 3e-2, 1e-1),
+    "dtl+": (1e-2, 3e-2, 1e-1),
     "unipt": (3e-3, 6e-3, 1.2e-2),
     "weighted": (1e-2, 3e-2, 1e-1),
     "linear": (1e-2, 3e-2, 1e-1),
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=10, help="of every tuning")
+    parser.add_argument("--epochs", type=int, default=30, help="of every tuning")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=[name for name in RATES if name != "full"])
     parser.add_argument("--toy", action="store_true", help="300 images, one epoch")

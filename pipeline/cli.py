@@ -61,8 +61,8 @@ def plan(tunings: int | None, as_json: bool, **options: Any) -> None:
     """
     from sherl_pipe.pipeline.config import make_config
 
-    names = "method", "reduction", "late", "epochs", "batch_size", "residency", "memory_budget"
-    tune = {name: options.pop(name) for name in names}
+    names = "method", "preset", "reduction", "late", "epochs", "batch_size", "residency"
+    tune = {name: options.pop(name) for name in (*names, "memory_budget")}
     config = make_config({**extract_values(options), "tune": tune}, "plan")
     _plan(config, tunings=tunings, as_json=as_json)
 

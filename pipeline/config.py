@@ -56,10 +56,11 @@ class ExtractConfig(Section):
 
 
 class TuneConfig(Section):
-    """Stage two. None leaves a setting to the method or to the model's family."""
+    """Stage two. None leaves a setting to the preset, the method or the model's family."""
 
     tasks: tuple[str, ...] = ()
     method: str = "sherl"
+    preset: Literal["paper"] | None = None
     reduction: Positive | None = None
     late: Annotated[Integer, Field(ge=0)] | None = None
     lr: tuple[Rate, ...] = ()
@@ -72,7 +73,7 @@ class TuneConfig(Section):
     init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first", "last"] | None = None
     head: Literal["random", "probe"] | None = None
-    loss: Literal["words", "vocabulary"] = "words"
+    loss: Literal["words", "vocabulary"] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     together: Positive = 8
     residency: Literal["auto", "device", "host", "stream"] = "auto"

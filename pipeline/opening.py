@@ -259,16 +259,18 @@ def held_examples(path: Path) -> dict[bytes, str]:
 
 
 def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict[str, Any]:
-    """The settings that methods have defaults of: `reduction`, `late`, `init` and `head`.
+    """The settings that methods have defaults of: `reduction`, `late`, `init`, `head` and `loss`.
 
     Args:
-        tune: None there leaves a setting to the method.
+        tune: None there leaves a setting to its preset, and that to the method.
         streams: what the cache holds, or will hold.
 
     Raises InputError for an unknown method.
     """
     method = find_method(tune.method, dual="image" in streams)
-    usual = {"head": TuneSettings.head, **method.usual_for(streams)}
+    usual = {"head": TuneSettings.head, "loss": TuneSettings.loss, **method.usual_for(streams)}
+    if tune.preset == "paper":
+        usual |= method.published_for(streams)
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
@@ -295,7 +297,6 @@ def tunings(
         weight_decay=tune.weight_decay,
         clip=tune.clip,
         pool=tune.pool or family.pool,
-        loss=tune.loss,
         precision=tune.precision,
     )
     every = (replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed)

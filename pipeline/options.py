@@ -39,6 +39,12 @@ LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [def
 METHOD = click.option(
     "--method", default="sherl", help="sherl, lst, dtl, dtl+, unipt, weighted or linear."
 )
+PRESET = click.option(
+    "--preset",
+    type=click.Choice(["paper"]),
+    help="paper: --late, --init, --head and --loss as the method was published; each of them that "
+    "is given too wins.  [default: what did best here]",
+)
 REDUCTION = click.option(
     "--reduction",
     type=click.IntRange(1),
@@ -92,7 +98,11 @@ EXTRACT = [
         default="int8",
         help="How features are stored.",
     ),
-    click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
+    click.option(
+        "--taps",
+        default="paper",
+        help="paper, all, or numbers: 0,4,8. Those that an existing cache lacks are added to it.",
+    ),
     click.option(
         "--template",
         type=click.Choice(["task", "neutral"]),
@@ -124,6 +134,7 @@ TUNE = [
     TEXT_COLUMNS,
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     METHOD,
+    PRESET,
     REDUCTION,
     LATE,
     click.option("--lr", type=float, multiple=True, help="Peak learning rate (repeatable)."),
@@ -155,8 +166,7 @@ TUNE = [
     click.option(
         "--loss",
         type=click.Choice(["words", "vocabulary"]),
-        default="words",
-        help="What label words of a text-to-text model compete with.",
+        help="What label words of a text-to-text model compete with.  [default: words]",
     ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
     click.option(
@@ -180,6 +190,7 @@ TUNE = [
 PLAN = [
     *EXTRACT,
     METHOD,
+    PRESET,
     REDUCTION,
     LATE,
     EPOCHS,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
 from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.pipeline.added import (
+    naming_the_extraction,
+    say_what_is_added,
+    say_what_is_left,
+    specs_of,
+)
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import (
@@ -33,7 +40,7 @@ from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
-from sherl_pipe.stages.settings import TuneResult
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.tune import Tuner
@@ -49,6 +56,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     ready = prepare(config, bars)
     path, identity = ready.path, ready.identity
     say(_before_extract(ready))
+    say_what_is_added(path, identity)
     require_space(ready, bars)
     reports = []
     with CacheWriter.open(path, identity) as writer:
@@ -63,22 +71,26 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         )
         known = held_examples(path)
         for source in ready.sources:
-            reports.append(extractor.split(source, ready.templates[source.key], known))
+            reports += extractor.split(source, ready.templates[source.key], known)
         for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
-            reports += _extract_words(extractor, FeatureCache.open(path))
-        where = {"path": str(path), "identity": identity.fingerprint()}
+            reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
+        where = {"path": str(path), "identity": writer.identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
+    say_what_is_left(FeatureCache.open(path))
     return reports
 
 
-def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
-    return [extractor.words(cache, split, tree) for split, tree in missing]
+def _extract_words(
+    extractor: Extractor, cache: FeatureCache, *, whole: bool = False
+) -> list[Report]:
+    """Decoder states that label words still lack, from the cached encoder; with `whole`, those of
+    added taps too."""
+    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start, whole=whole)
+    return [each for split, tree in missing for each in extractor.words(cache, split, tree)]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -108,7 +120,7 @@ def open_for_tuning(
     """
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
-    own = method_settings(config.tune, cache.identity.streams)
+    own = method_settings(config.tune, specs_of(cache, config.tune.tasks))
     late = find_method(config.tune.method).late_blocks(own["late"])
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
@@ -121,7 +133,7 @@ def open_for_tuning(
         tokenizer = load_preprocessor(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        scored = "decoder" in cache.identity.streams and config.tune.loss == "words"
+        scored = "decoder" in cache.identity.streams and own["loss"] == "words"
         tokens = tokens_of(words, tokenizer) if scored else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
@@ -162,8 +174,11 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, backbone.family, cache.identity.streams)
+    wanted = tunings(config, backbone.family, specs_of(cache, names))
     asked = [(task, settings) for task in tasks for settings in wanted]
+    with naming_the_extraction(cache.path):
+        for task, settings in asked:
+            _ = task.route_spec(settings)
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
     pruning = Pruning(config, cache, tokenizer, model, bars)
     outcomes: dict[tuple[str, str], Outcome] = {}
@@ -184,7 +199,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
             outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
             if isinstance(outcome, TuneResult) and not (tuner.folder / "run.json").is_file():
-                write_record(tuner.folder, config.model_dump(mode="json"), where)
+                write_record(tuner.folder, _resolved(config, tuner.settings), where)
     found = [outcomes[task.name, settings.name] for task, settings in asked]
     for outcome in found:
         if isinstance(outcome, NonFiniteError):
@@ -214,6 +229,15 @@ def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Out
     )
     fresh = iter(pack.run(bars))
     return [next(fresh) if result is None else result for result in done]
+
+
+def _resolved(config: RunConfig, settings: TuneSettings) -> dict[str, Any]:
+    """The config as JSON, with what a tuning's method and preset made of it."""
+    body = config.model_dump(mode="json")
+    chosen = {name: value for name, value in asdict(settings).items() if name in body["tune"]}
+    for name in ("lr", "seed"):
+        chosen[name] = [chosen[name]]
+    return {**body, "tune": {**body["tune"], **chosen}}
 
 
 def _where(cache: FeatureCache) -> dict[str, str]:

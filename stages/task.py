@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,11 @@ class Task:
         return Pairing(self.train), Pairing(self.held_out)
 
     @property
+    def splits(self) -> set[str]:
+        """Where the cache holds its examples."""
+        return splits_of(self.cache, (self.train, self.held_out))
+
+    @property
     def outputs(self) -> int:
         """Units of a pooled head; 0 where words are scored, or embeddings compared."""
         if self.tree is not None:
@@ -139,7 +144,7 @@ class Task:
         if dual and settings.batch_size < 2:
             wanted = "2 or more: other pairs of a batch are what a pair is told from"
             raise InputError(explain("batch size", expected=wanted, found=settings.batch_size))
-        cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
+        cached = {kind: spec.taps for kind, spec in self.cache.specs(self.splits).items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
             raise InputError(
@@ -181,6 +186,13 @@ class Task:
         A graded task on words gives the mean of the grades, weighted by the words' probability.
         """
         return predictions(self.spec, outputs, self.scaling)
+
+
+def splits_of(cache: FeatureCache, tables: Iterable[LabelTable]) -> set[str]:
+    """The splits of a cache that hold the examples of label tables, as far as it has them."""
+    places = cache.places
+    examples = (each for table in tables for each in (*table.ids, *table.image_ids))
+    return {places[each][0] for each in examples if each in places}
 
 
 def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.surgery import share
+from sherl_pipe.stages.taps import LackingTapsError
 from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
@@ -198,6 +199,15 @@ class Method(ABC):
         """
         return cls.usual
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """What the paper has otherwise than `usual_for`, of the same settings and `loss`.
+
+        Args:
+            streams: what a cache holds, or would hold.
+        """
+        return {}
+
     @staticmethod
     @abstractmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -273,20 +283,12 @@ def cached_taps(
 ) -> tuple[int, ...]:
     """Those of `wanted` that a cache holds of a stream, at least `least` of them.
 
-    Raises InputError for fewer.
+    Raises LackingTapsError for fewer.
     """
     found = tuple(tap for tap in wanted if tap in held)
     if len(found) < least:
-        listed = ",".join(map(str, wanted))
         which = "" if least == len(wanted) else f"{least} or more of "
-        raise InputError(
-            explain(
-                f"taps of the {stream} stream",
-                expected=f"{which}{list(wanted)}",
-                found=f"{list(held)} in the cache",
-                todo=f"Extract to another --cache with {listed} among its --taps.",
-            )
-        )
+        raise LackingTapsError(stream, f"{which}{list(wanted)}", held, wanted)
     return found
 
 

@@ -118,6 +118,12 @@ class Dtl(Method):
         late = half if stream.blocks - half in stream.taps else 1
         return {**cls.usual, "reduction": max(1, stream.width // RANK), "late": late}
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """The upper half of the blocks, whether the cache has the state in the middle or not."""
+        stream = streams["decoder" if "decoder" in streams else "hidden"]
+        return {"late": max(1, stream.blocks // 2)}
+
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
         """As many of the stream that ends in the head."""
