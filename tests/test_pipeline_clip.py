@@ -41,7 +41,7 @@ def tune_options(folder: Path, out: Path) -> tuple[object, ...]:
 def test_from_pairs_to_ranked_images(world: Path, tmp_path: Path) -> None:
     streams = done("inspect", "--cache", world / "cache", "--json").json["splits"]["shapes/train"]
     assert streams["streams"]["image"]["examples"] == 72  # each once, of 144 pairs
-    assert streams["streams"]["text"]["examples"] == 48
+    assert streams["streams"]["text"]["examples"] == 24
     tune = tune_options(world, tmp_path)
     results = done(*tune, "--seed", 0, "--seed", 1, "--json").json
     assert [result["examples"] for result in results] == [12, 12]
