@@ -76,7 +76,8 @@ class Backbone:
         tower = self.family.towers.get(stream)
         if tower is None:
             return self.width
-        return int(self.model.get_submodule(tower.norm).weight.shape[0])
+        norm: Any = self.model.get_submodule(tower.norm)
+        return int(norm.weight.shape[0])
 
     @property
     def start(self) -> int:
