@@ -35,7 +35,7 @@ def extract_options(folder: Path, **other: Any) -> tuple[object, ...]:
 
 
 def tune_options(folder: Path, out: Path) -> tuple[object, ...]:
-    return "tune", "--cache", folder / "cache", "--lr", 0.02, "--epochs", 14, "--out", out
+    return "tune", "--cache", folder / "cache", "--lr", 0.01, "--epochs", 32, "--out", out
 
 
 def test_from_pairs_to_ranked_images(world: Path, tmp_path: Path) -> None:
