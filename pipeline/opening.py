@@ -183,8 +183,9 @@ def positions(backbone: Backbone) -> int | None:
     table: Any = None if path is None else attrgetter(path)(backbone.model)
     if table is None:
         return None
-    # RoBERTa counts positions from behind its padding index.
-    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+    # RoBERTa counts positions from behind its padding index, BART from an offset.
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - int(getattr(table, "offset", unused))
 
 
 def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:

@@ -16,8 +16,11 @@ from sherl_pipe.cache.errors import CorruptCacheError, UnsafeError, explain
 from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import FAMILIES, stack_of
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
+from sherl_pipe.stages.methods.live import count_tokens
+from sherl_pipe.stages.surgery import placed
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,6 +97,8 @@ class TunedModel(nn.Module):
         self.route = route
         self.model = route.attach(backbone)
         self._width, self._family = backbone.width, backbone.family
+        if self._family.places is not None:
+            count_tokens(self.model, self._family)
 
     def forward(
         self,
@@ -152,11 +157,13 @@ class TunedModel(nn.Module):
         size, tree = inputs["input_ids"].shape[0], scoring.tree
         device = inputs["input_ids"].device
         mask = tree.flat_mask(next(self.parameters()).dtype).to(device)
-        out = self(
-            **inputs,
-            decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
-            decoder_attention_mask=mask.expand(size, -1, -1, -1),
-        )
+        decoder = stack_of(self.model, self._family, "decoder")
+        with placed(decoder, self._family, tree.flat_places().to(device)):
+            out = self(
+                **inputs,
+                decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
+                decoder_attention_mask=mask.expand(size, -1, -1, -1),
+            )
         return scoring.score(scoring.pick(out.logits[:, tree.first_places().to(device)]))
 
 
@@ -264,8 +271,10 @@ def load_reference(
     """
     if not isinstance(backbone, Backbone):
         backbone = Backbone(backbone)
-    if not backbone.family.seq2seq:
-        raise InputError("load_reference takes an encoder-decoder backbone")
+    if backbone.family is not FAMILIES["t5"]:
+        raise InputError(
+            explain("backbone of load_reference", expected="a T5", found=backbone.config.model_type)
+        )
     layers = {"encoder": encoder_side_layers, "decoder": decoder_side_layers}
     try:
         route = find_method(method).from_reference(backbone, params, layers, reduction)

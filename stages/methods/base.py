@@ -156,7 +156,12 @@ class WordRoute(Route):
         model: Any = backbone.model
         self.spec = spec
         self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
+        scaled = getattr(model.config, "scale_decoder_outputs", False)
+        self.scale = backbone.width**-0.5 if scaled else 1.0
+        # BART's, beside a head without a bias.
+        bias = getattr(model, "final_logits_bias", None)
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias[0], persistent=False)
 
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream."""
@@ -166,8 +171,10 @@ class WordRoute(Route):
         """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
         if tokens is None:
             whole: Tensor = self.lm_head(hidden)
-            return whole
-        return functional.linear(hidden, *head_rows(self.lm_head, tokens))
+            return whole if self.bias is None else whole + self.bias
+        weight, bias = head_rows(self.lm_head, tokens)
+        some = functional.linear(hidden, weight, bias)
+        return some if self.bias is None else some + self.bias[list(tokens)]
 
 
 class Method(ABC):
