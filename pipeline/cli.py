@@ -16,6 +16,7 @@ from sherl_pipe.pipeline.options import (
     LABEL_COLUMN,
     MOVED,
     PLAN,
+    TARGET_COLUMN,
     TEXT_COLUMNS,
     TUNE,
     extract_values,
@@ -112,6 +113,12 @@ def run(config: Path | None) -> None:
             help="jsonl, csv, tsv or parquet.",
         ),
         TEXT_COLUMNS,
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=64,
+            help="Of a generated text, at most; for adapters of free-text tasks.",
+        ),
         DEVICE,
         JSON,
     ]
@@ -122,6 +129,7 @@ def predict(
     texts: tuple[str, ...],
     file: Path | None,
     text_columns: tuple[str, ...],
+    max_new_tokens: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -131,7 +139,7 @@ def predict(
     from sherl_pipe.pipeline import console
     from sherl_pipe.pipeline.predict import Predictor
 
-    predictor = Predictor(adapter, model=model, device=device)
+    predictor = Predictor(adapter, model=model, device=device, max_new_tokens=max_new_tokens)
     rows = (
         predictor.rows_of_texts(texts)
         if file is None
@@ -221,6 +229,7 @@ def verify(cache: Path) -> None:
         click.option("--role", help="Split of the labels.  [default: the file's name]"),
         TEXT_COLUMNS,
         LABEL_COLUMN,
+        TARGET_COLUMN,
         click.option("--id-column", help="Column with example ids, instead of texts."),
         click.option("--partial", is_flag=True, help="Examples without a label are fine."),
         DEVICE,

@@ -39,6 +39,7 @@ class DataConfig(Section):
     tasks: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
+    target_column: str | None = None
     limit: Positive | None = None
 
 

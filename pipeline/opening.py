@@ -79,6 +79,7 @@ def prepare(config: RunConfig) -> Prepared:
         config.data_source,
         text_columns=data.text_columns,
         label_column=data.label_column,
+        target_column=data.target_column,
         tasks=data.tasks,
         limit=data.limit,
     )
@@ -95,6 +96,8 @@ def prepare(config: RunConfig) -> Prepared:
         for source in sources
     }
     tables = label_tables(sources, templates)
+    if any(table.spec.kind == "text" for table in tables):
+        require_speech(family)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(
@@ -194,6 +197,19 @@ def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
         PrefixTree.of_words(spec.words, tokenizer, 0)
     except InputError as error:
         raise InputError(f"task {task}: {error}") from error
+
+
+def require_speech(family: Family) -> None:
+    """Raise InputError for a family that cannot say a free text."""
+    if not family.seq2seq:
+        raise InputError(
+            explain(
+                "target column",
+                expected="a model that generates text",
+                found="an encoder",
+                todo="Use a text-to-text model, or --label-column for a classification.",
+            )
+        )
 
 
 def held_examples(path: Path) -> dict[bytes, str]:

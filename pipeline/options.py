@@ -29,6 +29,10 @@ TEXT_COLUMNS = click.option(
     "--text-column", "text_columns", multiple=True, help="Column with the text; twice for pairs."
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
+TARGET_COLUMN = click.option(
+    "--target-column",
+    help="Column with free text that the model learns to say, instead of labels.",
+)
 
 METHOD = click.option(
     "--method", default="sherl", help="sherl, lst, dtl, unipt, weighted or linear."
@@ -76,6 +80,7 @@ EXTRACT = [
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     TEXT_COLUMNS,
     LABEL_COLUMN,
+    TARGET_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
     click.option(
         "--codec",
@@ -186,9 +191,8 @@ PLAN = [
 def extract_values(options: dict[str, Any]) -> dict[str, Any]:
     """The values of EXTRACT's options, as `RunConfig` has them."""
     rest = dict(options)
-    data = {
-        key: rest.pop(key) for key in ("source", "tasks", "text_columns", "label_column", "limit")
-    }
+    names = "source", "tasks", "text_columns", "label_column", "target_column", "limit"
+    data = {key: rest.pop(key) for key in names}
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,20 @@ from sherl_pipe.pipeline.opening import pick_device
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import check_text, load_sources
+from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
 from sherl_pipe.stages.words import PrefixTree, Scoring
 
+# Of a generated text, where nobody says how many.
+MAX_NEW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """One input's answer: `label` is a class name or a number; `probability` is of that class,
-    None for numbers."""
+    """One input's answer: `label` is a class name, a number or a generated text; `probability` is
+    of that class, None for numbers and texts."""
 
     text: tuple[str, ...]
     label: str | float
@@ -38,11 +42,19 @@ class Predictor:
         folder: of the adapter.
         model: where the backbone is now; by default where the adapter's cache had it from.
         device: `auto`, `cpu`, `cuda`, ...
+        max_new_tokens: of a generated text, at most.
 
     Raises StaleCacheError for another backbone or tokenizer.
     """
 
-    def __init__(self, folder: Path, *, model: str | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str | None = None,
+        device: str = "auto",
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> None:
         config, _ = read_adapter(folder)
         name = model or str(config.backbone["name"])
         revision = config.backbone.get("revision")
@@ -54,7 +66,8 @@ class Predictor:
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
         self.scoring: Scoring | None = None
-        if backbone.family.seq2seq:
+        self.max_new_tokens = max_new_tokens
+        if backbone.family.seq2seq and config.labels.kind != "text":
             tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
             self.scoring = Scoring.of(tree, config.loss)
 
@@ -92,6 +105,11 @@ class Predictor:
         self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
     ) -> list[Prediction]:
         """Answers for rendered texts, in their order."""
+        if self.config.labels.kind == "text":
+            said = self.say(texts, bars, batch_size)
+            return [
+                Prediction(text, answer, None) for text, answer in zip(texts, said, strict=True)
+            ]
         outputs = self.outputs(texts, bars, batch_size)
         spec = self.config.labels
         answers = predictions(spec, outputs, self.config.scaling)
@@ -110,17 +128,34 @@ class Predictor:
         self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
     ) -> torch.Tensor:
         """Head outputs or word scores `[N, C]`."""
-        tokens = tokenize(self.tokenizer, texts, self.config.max_length)
-        pad = self.tokenizer.pad_token_id or 0
-        found = []
+
+        def of(inputs: dict[str, Any]) -> torch.Tensor:
+            if self.scoring is not None:
+                return self.model.word_scores(self.scoring, **inputs)
+            found: torch.Tensor = self.model(**inputs).logits
+            return found
+
+        batches = self._batches(texts, bars, batch_size)
         with torch.inference_mode():
-            for at in range(0, len(texts), batch_size):
-                members = list(range(at, min(at + batch_size, len(texts))))
-                inputs: dict[str, Any] = tokens.batch(members, pad)
-                inputs = {name: values.to(self.device) for name, values in inputs.items()}
-                if self.scoring is not None:
-                    found.append(self.model.word_scores(self.scoring, **inputs).float().cpu())
-                else:
-                    found.append(self.model(**inputs).logits.float().cpu())
-                bars("predicting", members[-1] + 1, len(texts), "examples")
-        return torch.cat(found)
+            return torch.cat([of(inputs).float().cpu() for inputs in batches])
+
+    def say(self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32) -> list[str]:
+        """Texts generated for rendered texts, greedily."""
+        found: list[str] = []
+        with torch.inference_mode():
+            for inputs in self._batches(texts, bars, batch_size):
+                out = self.model.generate(
+                    **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+                )
+                found += self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [each.strip() for each in found]
+
+    def _batches(
+        self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int
+    ) -> Iterator[dict[str, Any]]:
+        tokens = tokenize(self.tokenizer, texts, self.config.max_length)
+        for at in range(0, len(texts), batch_size):
+            members = list(range(at, min(at + batch_size, len(texts))))
+            inputs: dict[str, Any] = tokens.batch(members, pad_id(self.tokenizer))
+            yield {name: values.to(self.device) for name, values in inputs.items()}
+            bars("predicting", members[-1] + 1, len(texts), "examples")

@@ -27,9 +27,10 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.extract import Extractor, Report
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.missing import missing_targets, missing_words
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult
@@ -75,9 +76,12 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
 
 
 def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
-    return [extractor.words(cache, split, tree) for split, tree in missing]
+    """Decoder states that label words and targets still lack, from the cached encoder."""
+    start = extractor.backbone.start
+    missing = missing_words(cache, extractor.tokenizer, start)
+    reports = [extractor.words(cache, split, tree) for split, tree in missing]
+    wanted = missing_targets(cache, extractor.tokenizer, start)
+    return reports + [extractor.targets(cache, split, texts) for split, texts in wanted]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -120,12 +124,14 @@ def open_for_tuning(
         tokenizer = load_tokenizer(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        tokens = tokens_of(words, tokenizer) if config.tune.loss == "words" else None
+        spoken = any(table.spec.kind == "text" for table in tables)
+        few = config.tune.loss == "words" and not spoken
+        tokens = tokens_of(words, tokenizer) if few else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
     check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
-    if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
+    if _lacks_states(cache, backbone, tokenizer):
         # Attached after the extraction; in the dtype of the other features.
         full = backbone if backbone.whole else load_whole()
         twin = full.cast(DTYPES[str(cache.identity.backbone["dtype"])])
@@ -133,6 +139,14 @@ def open_for_tuning(
             _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
         cache = FeatureCache.open(config.cache_path)
     return cache, backbone, tokenizer
+
+
+def _lacks_states(cache: FeatureCache, backbone: Backbone, tokenizer: Any) -> bool:
+    """Whether labels were attached whose decoder states are not cached."""
+    if not backbone.family.seq2seq:
+        return False
+    start = backbone.start
+    return bool(missing_words(cache, tokenizer, start) or missing_targets(cache, tokenizer, start))
 
 
 def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, TaskSpec], None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from sherl_pipe.cache import (
     CacheWriter,
     Codec,
     FeatureCache,
     Identity,
-    LabelTable,
     StreamSpec,
     StreamWriter,
 )
@@ -24,6 +24,8 @@ from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Template
+from sherl_pipe.stages.text_passes import TargetsPass
+from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.tokens import Tokens, tokenize, tokenizer_fingerprint
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
@@ -215,6 +217,26 @@ class Extractor:
         out.finish()
         return report
 
+    def targets(self, cache: FeatureCache, split: str, texts: TargetTexts) -> Report:
+        """Extract the states of free-text targets for a split of a text-to-text backbone, from its
+        cached encoder, which is not run.
+
+        Raises what `words` raises.
+        """
+        encoder = cache.stream(split, "encoder")
+        ids = [row.tobytes() for row in encoder.ids]
+        lengths = np.array([texts.rows(each) for each in ids], np.int64)
+        layout = same_shards(encoder.layout, lengths)
+        notes = {"targets": texts.key, "truncated": texts.truncated}
+        out = self.writer.stream(split, texts.stream, ids, layout, notes)
+        report = self._report(out, layout, truncated=texts.truncated)
+        if out.pending():
+            spec = self.identity.streams["decoder"]
+            pass_ = TargetsPass(self.backbone, spec, encoder, texts, self.batch_tokens)
+            self._run(out, layout, ids, pass_.states, report)
+        out.finish()
+        return report
+
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
         return Report(
@@ -258,39 +280,3 @@ class Extractor:
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
             if committing is not None:
                 report.bytes_written += committing.result()
-
-
-def missing_words(cache: FeatureCache, tokenizer: Any, start: int) -> list[tuple[str, PrefixTree]]:
-    """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
-
-    Args:
-        cache: of a text-to-text backbone.
-        tokenizer: the backbone's.
-        start: token id that decoding starts from.
-    """
-    places = {identity: split for identity, (split, _) in cache.places.items()}
-    tables = (table for roles in cache.tasks.values() for table in roles.values())
-    return [
-        (split, tree)
-        for tree, splits in words_of(tables, places, tokenizer, start)
-        for split in splits
-        if tree.stream not in cache.streams(split)
-    ]
-
-
-def words_of(
-    tables: Iterable[LabelTable], places: Mapping[bytes, str], tokenizer: Any, start: int
-) -> list[tuple[PrefixTree, list[str]]]:
-    """The prefix trees that label tables need, each with the splits that hold its examples.
-
-    Args:
-        tables: labels of the tasks.
-        places: the split of every example.
-        tokenizer, start: as for `missing_words`.
-    """
-    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
-    for table in tables:
-        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
-        splits = {places[each] for each in table.ids if each in places}
-        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
-    return [(tree, sorted(splits)) for tree, splits in needed.values()]

@@ -217,4 +217,5 @@ def norm_of(model: nn.Module, family: Family, stream: str) -> nn.Module:
     """What stands behind a stack's last block: its final norm, or nothing that changes a state."""
     if family.norm is None:
         return nn.Identity()
-    return stack_of(model, family, stream).get_submodule(family.norm)
+    norm: nn.Module = stack_of(model, family, stream).get_submodule(family.norm)
+    return norm

@@ -107,11 +107,11 @@ class Pack:
         self, places: Sequence[int], spent: dict[int, float], progress: Progress
     ) -> None:
         """Fit the heads that start from a linear model, in one pass over the training rows."""
-        # Where label words are scored there is no such head.
+        # Where label words or texts are scored there is no such head.
         places = [
             place
             for place in places
-            if self.tuners[place].settings.head == "probe" and self.tuners[place].scoring is None
+            if self.tuners[place].settings.head == "probe" and self.tuners[place].spec.outputs
         ]
         if not places:
             return
@@ -138,7 +138,9 @@ class Pack:
             told = loading(progress, "evaluation")
             for batch in self.held_out.read(self.held_out.in_order(size), told):
                 for place in places:
-                    scores = self.tuners[place].scores(_view(batch, self._evaluation[place]))
+                    scores = self.tuners[place].scores(
+                        _view(batch, self._evaluation[place]), batch.rows
+                    )
                     found[place].append((batch.rows, scores))
         return found
 

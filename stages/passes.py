@@ -161,6 +161,35 @@ class DecoderPass:
         return torch.stack([self._recorder.states[tap] for tap in self._taps])
 
 
+class CachedTop:
+    """The top tap of a shard of a cached encoder, decoded.
+
+    Args:
+        stream: the encoder's.
+        shard: its number.
+        device: where states are decoded.
+    """
+
+    def __init__(self, stream: Stream, shard: int, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+        self._data = stream.read_shard(shard, [stream.spec.taps[-1]])
+
+    def states(self, examples: Sequence[int]) -> Packed:
+        """`[1, n, d]` of examples that are neighbours in the shard."""
+        stream, data, index = self._stream, self._data, self._stream.layout.index
+        first, last = examples[0], examples[-1]
+        rows = slice(int(index[first, 1]), int(index[last, 1] + index[last, 2]))
+        scales = None if data.scales is None else torch.from_numpy(data.scales[:, rows])
+        state = quantize.decode(
+            stream.codec,
+            torch.from_numpy(data.codes[:, rows]).to(self._device),
+            None if scales is None else scales.to(self._device),
+            stream.spec.width,
+            data.picks,
+        )
+        return Packed(state, torch.from_numpy(index[list(examples), 2]).to(self._device))
+
+
 class WordsPass:
     """The decoder over all label-word prefixes, fed by the cached encoder."""
 
@@ -174,28 +203,16 @@ class WordsPass:
     @torch.inference_mode()
     def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
-        stream = self._encoder
-        top = stream.spec.taps[-1]
-        data = stream.read_shard(shard, [top])
+        top = CachedTop(self._encoder, shard, self._device)
         members = layout.members(shard)
-        index = stream.layout.index
+        index = self._encoder.layout.index
         tokens = self._tree.flat_tokens().to(self._device)
         mask = self._tree.flat_mask(self._dtype).to(self._device)
         first = self._tree.first_places().to(self._device)
         places = self._tree.flat_places().to(self._device)
         for batch in token_batches(members, index[:, 2] + len(tokens), self._batch):
-            rows = slice(int(index[batch[0], 1]), int(index[batch[-1], 1] + index[batch[-1], 2]))
-            scales = None if data.scales is None else torch.from_numpy(data.scales[:, rows])
-            state = quantize.decode(
-                stream.codec,
-                torch.from_numpy(data.codes[:, rows]).to(self._device),
-                None if scales is None else scales.to(self._device),
-                stream.spec.width,
-                data.picks,
-            )
-            lengths = torch.from_numpy(index[batch, 2]).to(self._device)
             states = self._decoder.states(
-                Packed(state, lengths),
+                top.states(batch.tolist()),
                 tokens.expand(len(batch), -1),
                 mask.expand(len(batch), -1, -1, -1),
                 places,

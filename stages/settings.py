@@ -68,7 +68,7 @@ class TuneResult:
     """What a tuning gave.
 
     Attributes:
-        metrics: in percent, on `examples` rows of the `role` split.
+        metrics: in percent but for `perplexity`, on `examples` rows of the `role` split.
         trainable, backbone: numbers of parameters.
         seconds: of training and evaluation; `seconds_per_epoch` of training alone.
         peak_mib: peak memory above what the process (or device) held before the features.

@@ -219,6 +219,7 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     """
     main = identity.streams["encoder" if "encoder" in identity.streams else "hidden"]
     row = token_bytes(identity.codec, main)
+    deep = token_bytes(identity.codec, identity.streams.get("decoder", main))
     nodes, streams = 0, 1
     for tree in trees:
         nodes, streams = nodes + len(tree.nodes), streams + 1
@@ -229,6 +230,9 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     for source in sources:
         total += STREAM_BYTES * streams + example * len(source.rows)
         for each in source.rows:
+            if source.target_column is not None:
+                said = len(str(each.get(source.target_column)).encode(errors="surrogatepass"))
+                total += deep * min(identity.max_length, said + TEMPLATE_TOKENS) + EXAMPLE_BYTES
             size = sum(
                 len(str(each.get(column)).encode(errors="surrogatepass"))
                 for column in source.columns

@@ -11,11 +11,13 @@ import numpy.typing as npt
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
+from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
 
@@ -57,19 +59,35 @@ class Task:
         self.tree: PrefixTree | None = None
         if backbone.family.seq2seq:
             self.tree = PrefixTree.of_words(self.spec.words, tokenizer, backbone.start)
-        numbers = np.array(self.train.labels, np.float64)
-        spread = float(numbers.std()) if self.spec.kind == "regression" else 1.0
-        mean = float(numbers.mean()) if self.spec.kind == "regression" else 0.0
-        self.scaling = (mean, spread or 1.0)
+        self.texts: TargetTexts | None = None
+        self.held_out_texts: TargetTexts | None = None
+        if self.spec.kind == "text":
+            self.tree = None
+            self.texts, self.held_out_texts = self._targets(tokenizer)
+        self.scaling = (0.0, 1.0)
+        if self.spec.kind == "regression":
+            numbers = np.array(self.train.labels, np.float64)
+            self.scaling = (float(numbers.mean()), float(numbers.std()) or 1.0)
+
+    def _targets(self, tokenizer: Any) -> tuple[TargetTexts, TargetTexts]:
+        """Of training and evaluation rows. What is held out of the training rows is of the same
+        table."""
+        family, roles = self.backbone.family, self.cache.tasks[self.name]
+        start = self.backbone.start if family.seq2seq else None
+        limit = self.cache.identity.max_length
+        texts = TargetTexts.of_table(roles["train"], tokenizer, start, limit)
+        other = roles.get(self.held_out.role)
+        held_out = texts if other is None else TargetTexts.of_table(other, tokenizer, start, limit)
+        return texts, held_out
 
     @property
     def outputs(self) -> int:
-        """Units of a pooled head; 0 where words are scored."""
-        if self.tree is not None:
+        """Units of a pooled head; 0 where words are scored, or texts."""
+        if self.tree is not None or self.texts is not None:
             return 0
         return 1 if self.spec.kind == "regression" else len(self.spec.classes)
 
-    def words_of(self, labels: Sequence[float]) -> Ints:
+    def words_of(self, labels: Sequence[Label]) -> Ints:
         """The word that stands for every label."""
         if self.spec.kind == "classification":
             return np.array(labels, np.int64)
@@ -93,9 +111,22 @@ class Task:
                 paths = scoring.paths if train else (scoring.nodes,)
                 choices = self.words_of(table.labels).tolist() if train else [0] * len(table.ids)
                 found[role] = Reading(self.tree.stream, taps, paths, tuple(choices))
+            elif role == "decoder" and (texts := self.texts_of(train=train)) is not None:
+                found[role] = _reading(texts, table, taps)
             else:
                 found[role] = Reading(role, taps)
         return found
+
+    def texts_of(self, *, train: bool) -> TargetTexts | None:
+        """The targets of training or evaluation rows; None for other tasks."""
+        return self.texts if train else self.held_out_texts
+
+    def target_tokens(self, rows: Ints, *, train: bool) -> list[tuple[int, ...]]:
+        """Token ids of the targets of some rows of a free-text task."""
+        table, texts = (self.train if train else self.held_out), self.texts_of(train=train)
+        if texts is None:
+            raise TypeError(f"{self.name} is no free-text task")
+        return [texts.tokens[str(table.labels[row])] for row in rows.tolist()]
 
     def route_spec(self, settings: TuneSettings) -> RouteSpec:
         """The structure of what a tuning trains.
@@ -140,6 +171,16 @@ class Task:
         A graded task on words gives the mean of the grades, weighted by the words' probability.
         """
         return predictions(self.spec, outputs, self.scaling)
+
+
+def _reading(texts: TargetTexts, table: LabelTable, taps: tuple[int, ...]) -> Reading:
+    """Of every row of a table the states along its own target."""
+    paths = [
+        texts.path(identity, str(label))
+        for identity, label in zip(table.ids, table.labels, strict=True)
+    ]
+    distinct = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+    return Reading(texts.stream, taps, tuple(distinct), tuple(distinct[path] for path in paths))
 
 
 def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -> npt.NDArray[Any]:

@@ -23,6 +23,7 @@ from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.texts import CHUNK, IGNORED, judged, padded, text_loss, text_metrics
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,7 +119,7 @@ class Tuner:
     def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
         batches = source.read(source.in_order(batch_size))
-        return self.ordered([(each.rows, self.scores(each.streams)) for each in batches])
+        return self.ordered([(each.rows, self.scores(each.streams, each.rows)) for each in batches])
 
     def ordered(self, found: Sequence[tuple[Ints, Tensor]]) -> Tensor:
         """Outputs of batches, `[N, C]` in the order of the table.
@@ -134,15 +135,32 @@ class Tuner:
         return ordered
 
     @torch.inference_mode()
-    def scores(self, streams: Streams) -> Tensor:
-        """Head outputs or word scores `[B, C]` of a batch, on the host."""
+    def scores(self, streams: Streams, rows: Ints) -> Tensor:
+        """Head outputs or word scores `[B, C]` of a batch of held-out `rows`, on the host; of free
+        text what `text_metrics` takes, `[B, 3]`."""
         self.route.eval()
         scoring, route = self.scoring, self.route
         with self.autocast():
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
             (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
+            if self.task.texts is not None:
+                return self._judged(hidden, rows).cpu()
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
+
+    def _judged(self, hidden: Tensor, rows: Ints) -> Tensor:
+        """`[B, 3]` of the states along the targets of held-out rows."""
+        tokens = padded(self.task.target_tokens(rows, train=False)).to(hidden.device)
+        inside = tokens != IGNORED
+        states, wanted = hidden[inside], tokens[inside]
+        # Of a large vocabulary not all logits at once.
+        found = [
+            judged(self.route.logits(some).float(), right)
+            for some, right in zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
+        ]
+        each = torch.zeros(*tokens.shape, 2, device=hidden.device)
+        each[inside] = torch.cat(found)
+        return torch.cat([each.sum(1), inside.sum(1, keepdim=True).to(each)], dim=1)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a training batch."""
@@ -150,6 +168,10 @@ class Tuner:
 
     def loss_of(self, hidden: Tensor, rows: Ints) -> Tensor:
         """Mean loss of what the head reads for `rows` of the training table."""
+        if self.task.texts is not None:
+            tokens = padded(self.task.target_tokens(rows, train=True)).to(hidden.device)
+            inside = tokens != IGNORED
+            return text_loss(self.route.logits(hidden[inside]).float(), tokens[inside])
         if self.scoring is not None:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
             labels = [self.task.train.labels[row] for row in rows.tolist()]
@@ -198,7 +220,11 @@ class Tuner:
             costs: `seconds`, `seconds_per_epoch`, `peak_mib`.
         """
         labels = np.array(self.task.held_out.labels)
-        found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
+        if self.task.texts is not None:
+            found = text_metrics(outputs)
+        else:
+            answers = self.task.predictions(outputs)
+            found = metrics.evaluate(self.task.spec.metrics, labels, answers)
         result = TuneResult(
             task=self.task.name,
             method=self.settings.method,

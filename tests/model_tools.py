@@ -126,7 +126,7 @@ def _model(family: str, vocabulary: int) -> Any:
                 **shape,
             )
         )
-        model.final_logits_bias.copy_(torch.randn(1, vocabulary))
+        model.final_logits_bias.copy_(0.3 * torch.randn(1, vocabulary))
         return model
     shape: dict[str, Any] = {
         "vocab_size": vocabulary,

@@ -20,7 +20,8 @@ STREAMS = ("encoder", "decoder")
 
 
 class LstSeq2Seq(WordRoute, Published):
-    """LST on T5 (SPEC 4), and on BART in the same way: a ladder beside each stack, the decoder's attending to the encoder's.
+    """LST on T5 (SPEC 4), and on BART in the same way: a ladder beside each stack, the
+    decoder's attending to the encoder's.
 
     Args:
         backbone: the frozen model.

@@ -60,13 +60,13 @@ class Affine(nn.Module):
         return states * self.weight + self.bias
 
 
-def last_norm(backbone: Backbone) -> nn.Module:
-    """The norm that an encoder-decoder's head reads from: behind the last block, or its own."""
-    family = backbone.family
-    if family.norm is not None:
-        return norm_of(backbone.model, family, "decoder")
-    block = backbone.blocks("decoder")[-1]
-    return [module for module in block.children() if isinstance(module, nn.LayerNorm)][-1]
+def trained_norm(backbone: Backbone) -> nn.Module:
+    """The norm in front of an encoder-decoder's head, to be tuned: a copy of its final norm, or a
+    new one where blocks end with their own."""
+    if backbone.family.norm is None:
+        return nn.LayerNorm(backbone.width)
+    copied: nn.Module = trained_copy(norm_of(backbone.model, backbone.family, "decoder"))
+    return copied
 
 
 def trained_copy(frozen: nn.Module) -> Any:

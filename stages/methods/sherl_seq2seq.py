@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 
 class SherlSeq2Seq(WordRoute):
-    """SHERL on T5 (SPEC 3), and on BART in the same way: both stacks consolidated, the last decoder blocks as late route.
+    """SHERL on T5 (SPEC 3), and on BART in the same way: both stacks consolidated, the last
+    decoder blocks as late route.
 
     Args:
         backbone: the frozen model. Where blocks end with a norm of their own there is no side norm.

@@ -12,7 +12,7 @@ from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.interaction import causal_interaction
 from sherl_pipe.stages.methods.live import inside, two_memories
-from sherl_pipe.stages.methods.parts import last_norm, trained_copy
+from sherl_pipe.stages.methods.parts import trained_norm
 from sherl_pipe.stages.methods.unipt import VARIANTS, UniPT, reduce_packed
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
@@ -25,8 +25,8 @@ class UniptSeq2Seq(WordRoute):
     One UniPT over the encoder's taps gives a memory of the reduced width, behind a norm as every
     reduced tap is. Another over the decoder's taps looks through these, causally, and through that
     memory as one more target (see `causal_interaction`): no frozen block runs that could attend to
-    it. What it gives goes through a trained copy of the norm behind the last block, or of the one that
-    ends it, to the frozen head.
+    it. What it gives goes through a trained copy of the final norm, or a new norm
+    where there is none (BART), to the frozen head.
 
     Args:
         backbone: the frozen model.
@@ -42,7 +42,7 @@ class UniptSeq2Seq(WordRoute):
         self.encoder = UniPT(width, hidden, len(spec.taps["encoder"]), hidden, variant)
         self.encoder_norm = nn.LayerNorm(hidden)
         self.decoder = UniPT(width, hidden, len(spec.taps["decoder"]), width, variant)
-        self.decoder_norm = trained_copy(last_norm(backbone))
+        self.decoder_norm = trained_norm(backbone)
 
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """States `[B, P, d]` for the head, P being the nodes of a tree if there is one.
