@@ -71,7 +71,7 @@ class TuneConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first", "last"] | None = None
-    head: Literal["random", "probe"] | None = None
+    head: Literal["random", "probe", "words"] | None = None
     loss: Literal["words", "vocabulary"] = "words"
     precision: Literal["float32", "bf16"] = "float32"
     together: Positive = 8

@@ -125,13 +125,16 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
     )
     spare_threads(backbone)
     tokenizer = load_tokenizer(config.model, config.revision)
+    room = positions(backbone)
+    if room and config.data.target_column is not None and backbone.family.causal:
+        room //= 2  # prompt and target are one sequence
     # The demo's tasks label the same sentences.
     named = backbone.family.seq2seq and config.data_source != DEMO_DATA
     identity = identify(
         backbone,
         tokenizer,
         template=settings.template or ("task" if named else "neutral"),
-        max_length=min(settings.max_length, positions(backbone) or settings.max_length),
+        max_length=min(settings.max_length, room or settings.max_length),
         codec=CODECS[settings.codec],
         taps=settings.taps,
         versions=versions(),
@@ -201,13 +204,13 @@ def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
 
 def require_speech(family: Family) -> None:
     """Raise InputError for a family that cannot say a free text."""
-    if not family.seq2seq:
+    if not (family.seq2seq or family.causal):
         raise InputError(
             explain(
                 "target column",
                 expected="a model that generates text",
                 found="an encoder",
-                todo="Use a text-to-text model, or --label-column for a classification.",
+                todo="Use a text-to-text or causal model, or --label-column for a classification.",
             )
         )
 

@@ -141,8 +141,9 @@ TUNE = [
     ),
     click.option(
         "--head",
-        type=click.Choice(["random", "probe"]),
-        help="What an encoder's head starts from; probe fits a linear model first.  "
+        type=click.Choice(["random", "probe", "words"]),
+        help="What an encoder's head starts from; probe fits a linear model first. With words a "
+        "causal model keeps its own head and scores the label words by their first tokens.  "
         "[default: probe for sherl, random for lst]",
     ),
     click.option(

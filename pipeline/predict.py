@@ -19,7 +19,7 @@ from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
-from sherl_pipe.stages.words import PrefixTree, Scoring
+from sherl_pipe.stages.words import FirstTokens, PrefixTree, Scoring
 
 # Of a generated text, where nobody says how many.
 MAX_NEW_TOKENS = 64
@@ -58,18 +58,23 @@ class Predictor:
         config, _ = read_adapter(folder)
         name = model or str(config.backbone["name"])
         revision = config.backbone.get("revision")
-        backbone = load_backbone(name, revision=revision, device=pick_device(device))
+        spoken = config.route.outputs == 0
+        where = pick_device(device)
+        backbone = load_backbone(name, revision=revision, device=where, head=spoken)
         self.config, route = load_route(folder, backbone)
         self.tokenizer = load_tokenizer(name, revision)
         check_tokenizer(config.tokenizer, self.tokenizer, str(folder))
         self.template = Template.from_json(config.template)
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
-        self.scoring: Scoring | None = None
+        self.scoring: Scoring | FirstTokens | None = None
         self.max_new_tokens = max_new_tokens
         if backbone.family.seq2seq and config.labels.kind != "text":
             tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
             self.scoring = Scoring.of(tree, config.loss)
+        elif spoken and config.labels.kind != "text":
+            self.scoring = FirstTokens.of_words(config.labels.words, self.tokenizer)
+        self.causal = backbone.family.causal
 
     def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Texts from the command line; for pairs, two and two belong together."""
@@ -144,9 +149,17 @@ class Predictor:
         found: list[str] = []
         with torch.inference_mode():
             for inputs in self._batches(texts, bars, batch_size):
+                if self.causal:
+                    inputs = _padded_before(inputs)
                 out = self.model.generate(
-                    **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+                    **inputs,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=pad_id(self.tokenizer),
                 )
+                if self.causal:
+                    out = out[:, inputs["input_ids"].shape[1] :]
                 found += self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return [each.strip() for each in found]
 
@@ -159,3 +172,11 @@ class Predictor:
             inputs: dict[str, Any] = tokens.batch(members, pad_id(self.tokenizer))
             yield {name: values.to(self.device) for name, values in inputs.items()}
             bars("predicting", members[-1] + 1, len(texts), "examples")
+
+
+def _padded_before(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch that is padded behind its tokens, padded before them: what is generated follows."""
+    mask = inputs["attention_mask"]
+    away = mask.shape[1] - mask.sum(1, keepdim=True)
+    places = (torch.arange(mask.shape[1], device=mask.device) - away) % mask.shape[1]
+    return {name: values.gather(1, places) for name, values in inputs.items()}

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
+from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
@@ -70,6 +71,8 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
             reports += _extract_words(extractor, FeatureCache.open(path))
+        else:
+            reports += _extract_continuations(extractor, FeatureCache.open(path), ready)
         where = {"path": str(path), "identity": identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
     return reports
@@ -82,6 +85,24 @@ def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
     reports = [extractor.words(cache, split, tree) for split, tree in missing]
     wanted = missing_targets(cache, extractor.tokenizer, start)
     return reports + [extractor.targets(cache, split, texts) for split, texts in wanted]
+
+
+def _extract_continuations(
+    extractor: Extractor, cache: FeatureCache, ready: Prepared
+) -> list[Report]:
+    """States of a causal model's targets that the cache still lacks, behind their prompts."""
+    if not extractor.backbone.family.causal or ready.config.data.target_column is None:
+        return []
+    prompts = {
+        example_id(texts): texts
+        for source in ready.sources
+        for texts in source.texts(ready.templates[source.name])
+    }
+    given = {table.task for table in ready.tables}
+    return [
+        extractor.continuations(cache, split, texts, prompts)
+        for split, texts in missing_targets(cache, extractor.tokenizer, None, given)
+    ]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -117,14 +138,16 @@ def open_for_tuning(
     revision = cache.identity.backbone.get("revision")
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
-    load_whole = partial(load_backbone, name, revision=revision, device=device)
-    if whole:
-        backbone, tokenizer = load_whole(), load_tokenizer(name, revision)
+    tables = [table for roles in cache.tasks.values() for table in roles.values()]
+    spoken = any(table.spec.kind == "text" for table in tables)
+    head = spoken or config.tune.head == "words"
+    load_whole = partial(load_backbone, name, revision=revision, device=device, head=head)
+    tokenizer = load_tokenizer(name, revision)
+    # A causal model's own head comes with the whole of it.
+    if whole or (head and "hidden" in cache.identity.streams):
+        backbone = load_whole()
     else:
-        tokenizer = load_tokenizer(name, revision)
-        tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        spoken = any(table.spec.kind == "text" for table in tables)
         few = config.tune.loss == "words" and not spoken
         tokens = tokens_of(words, tokenizer) if few else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)

@@ -24,7 +24,7 @@ from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.text_passes import TargetsPass
+from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
 from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.tokens import Tokens, tokenize, tokenizer_fingerprint
 from sherl_pipe.stages.words import PrefixTree
@@ -233,6 +233,40 @@ class Extractor:
         if out.pending():
             spec = self.identity.streams["decoder"]
             pass_ = TargetsPass(self.backbone, spec, encoder, texts, self.batch_tokens)
+            self._run(out, layout, ids, pass_.states, report)
+        out.finish()
+        return report
+
+    def continuations(
+        self,
+        cache: FeatureCache,
+        split: str,
+        texts: TargetTexts,
+        prompts: Mapping[bytes, tuple[str, ...]],
+    ) -> Report:
+        """Extract the states of free-text targets behind their prompts, of a causal backbone.
+
+        Args:
+            prompts: rendered segments of the split's examples, by id.
+
+        Raises what `words` raises.
+        """
+        main = cache.stream(split, "hidden")
+        ids = [row.tobytes() for row in main.ids]
+        targets = [texts.of(each) for each in ids]
+        layout = same_shards(main.layout, np.array([texts.rows(each) for each in ids], np.int64))
+        notes = {"targets": texts.key, "truncated": texts.truncated}
+        out = self.writer.stream(split, texts.stream, ids, layout, notes)
+        report = self._report(out, layout, truncated=texts.truncated)
+        if out.pending():
+            tokens = tokenize(
+                self.tokenizer, [prompts[each] for each in ids], self.identity.max_length
+            )
+            before = [tuple(each["input_ids"].tolist()) for each in tokens.inputs]
+            spec = self.identity.streams["hidden"]
+            pass_ = ContinuationsPass(
+                self.backbone, spec, before, targets, texts, self.batch_tokens
+            )
             self._run(out, layout, ids, pass_.states, report)
         out.finish()
         return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sherl_pipe.cache import FeatureCache, LabelTable
@@ -47,7 +47,7 @@ def words_of(
 
 
 def missing_targets(
-    cache: FeatureCache, tokenizer: Any, start: int | None
+    cache: FeatureCache, tokenizer: Any, start: int | None, tasks: Collection[str] | None = None
 ) -> list[tuple[str, TargetTexts]]:
     """Splits and free-text targets whose states the cache's tasks need and it lacks.
 
@@ -55,10 +55,11 @@ def missing_targets(
         cache: of a backbone that generates.
         tokenizer: the backbone's.
         start: token id that decoding starts from; None for a causal model.
+        tasks: of these alone.
     """
     found = []
     for table in (table for roles in cache.tasks.values() for table in roles.values()):
-        if table.spec.kind != "text":
+        if table.spec.kind != "text" or (tasks is not None and table.task not in tasks):
             continue
         texts = TargetTexts.of_table(table, tokenizer, start, cache.identity.max_length)
         splits = {cache.places[each][0] for each in table.ids if each in cache.places}

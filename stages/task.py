@@ -18,7 +18,7 @@ from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
 from sherl_pipe.stages.texts import TargetTexts
-from sherl_pipe.stages.words import PrefixTree, Scoring
+from sherl_pipe.stages.words import FirstTokens, PrefixTree, Scoring
 from torch import Tensor
 
 HOLD_OUT = 10  # one in so many training examples, where a task has no validation split
@@ -45,6 +45,7 @@ class Task:
                 )
             )
         self.cache, self.name, self.backbone = cache, name, backbone
+        self._tokenizer = tokenizer
         self.train, self.held_out = train_and_held_out(cache.tasks[name])
         self.spec: TaskSpec = self.train.spec
         if self.held_out.spec != self.spec:
@@ -99,7 +100,7 @@ class Task:
         self,
         table: LabelTable,
         reads: Mapping[str, tuple[int, ...]],
-        scoring: Scoring | None,
+        scoring: Scoring | FirstTokens | None,
         *,
         train: bool,
     ) -> dict[str, Reading]:
@@ -107,7 +108,7 @@ class Task:
         training the label's own path, else every word's."""
         found = {}
         for role, taps in reads.items():
-            if role == "decoder" and self.tree is not None and scoring is not None:
+            if role == "decoder" and self.tree is not None and isinstance(scoring, Scoring):
                 paths = scoring.paths if train else (scoring.nodes,)
                 choices = self.words_of(table.labels).tolist() if train else [0] * len(table.ids)
                 found[role] = Reading(self.tree.stream, taps, paths, tuple(choices))
@@ -115,7 +116,35 @@ class Task:
                 found[role] = _reading(texts, table, taps)
             else:
                 found[role] = Reading(role, taps)
+        texts = self.texts_of(train=train)
+        if texts is not None and self.backbone.family.causal:
+            found["target"] = _reading(texts, table, found["hidden"].taps)
         return found
+
+    def spoken(self, settings: TuneSettings) -> bool:
+        """Whether the backbone's own head over the vocabulary answers.
+
+        Raises InputError for `--head words` on another backbone than a causal one.
+        """
+        family = self.backbone.family
+        if settings.head == "words" and not family.causal:
+            raise InputError(
+                explain(
+                    "backbone of --head words",
+                    expected="a causal model",
+                    found=self.backbone.config.model_type,
+                )
+            )
+        return family.seq2seq or self.texts is not None or settings.head == "words"
+
+    def scoring(self, settings: TuneSettings) -> Scoring | FirstTokens | None:
+        """How label words are told apart, where they are scored. Raises InputError for words that
+        cannot be."""
+        if self.tree is not None:
+            return Scoring.of(self.tree, settings.loss)
+        if self.texts is None and self.spoken(settings):
+            return FirstTokens.of_words(self.spec.words, self._tokenizer)
+        return None
 
     def texts_of(self, *, train: bool) -> TargetTexts | None:
         """The targets of training or evaluation rows; None for other tasks."""
@@ -138,6 +167,16 @@ class Task:
             found = getattr(settings, name)
             if found not in known:
                 raise InputError(explain(name, expected=f"one of {known}", found=found))
+        spoken = self.spoken(settings)
+        if spoken and backbone.family.causal and not method.speaks:
+            raise InputError(
+                explain(
+                    "method",
+                    expected="sherl, where a causal model keeps its own head",
+                    found=settings.method,
+                    todo="Use --method sherl, or a pooled head.",
+                )
+            )
         cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
@@ -152,7 +191,7 @@ class Task:
             settings.reduction,
             method.variant(backbone.family),
             settings.init,
-            self.outputs,
+            0 if spoken else self.outputs,
             settings.pool,
         )
 

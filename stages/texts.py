@@ -15,6 +15,7 @@ import torch
 from sherl_pipe.cache import InputError, LabelTable
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
+from sherl_pipe.stages.words import word_gap
 from torch import Tensor
 from torch.nn import functional
 
@@ -139,14 +140,6 @@ def tokens_of_targets(
         if len(ids) > max_length - 1:
             cut.add(text)
     return found, cut
-
-
-def word_gap(tokenizer: Any) -> str:
-    """What makes a text that is tokenised alone the continuation of another: a blank, unless the
-    tokenizer puts one in front of every text by itself."""
-    alone = tokenizer("a", add_special_tokens=False).input_ids
-    twice = tokenizer("a a", add_special_tokens=False).input_ids
-    return "" if twice[-len(alone) :] == alone else " "
 
 
 def padded(targets: Sequence[tuple[int, ...]]) -> Tensor:

@@ -24,7 +24,6 @@ from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.texts import CHUNK, IGNORED, judged, padded, text_loss, text_metrics
-from sherl_pipe.stages.words import Scoring
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,7 +60,7 @@ class Tuner:
         self.randomness = Randomness(settings.seed, backbone.device)
         with Randomness(settings.seed, backbone.device).own():
             self.route: Route = method.build(backbone, self.spec)
-        self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
+        self.scoring = task.scoring(settings)
         self.parameters = trainable(self.route)
         self._ready = settings.init not in method.given
 

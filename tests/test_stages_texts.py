@@ -1,4 +1,4 @@
-"""Free-text targets: what is tuned from the cache is what the live model computes, token by token."""
+"""Free-text targets: what is tuned from the cache is what the live model computes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.predict import Predictor
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
+from sherl_pipe.stages.demo.grammar import corpus
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
@@ -148,19 +149,16 @@ def test_an_exact_match_is_what_greedy_decoding_says(tmp_path: Path) -> None:
     assert found["perplexity"] == pytest.approx(np.exp(1))
 
 
-def rule(folder: Path, count: int = 700) -> Path:
-    """Say the third word, then `good` or `bad` as the first one is."""
-    rng, rows = random.Random(0), []
-    for text in dict.fromkeys(
-        f"{rng.choice(['cat', 'dog'])} {rng.choice(['likes', 'hates'])} {rng.choice(WORDS[3:13])} "
-        f"{rng.choice(WORDS[:17])} {rng.choice(WORDS[:17])}"
-        for _ in range(count)
-    ):
-        words = text.split()
-        good = "good" if words[1] == "likes" else "bad"
-        rows.append({"sentence": text, "answer": f"{words[0]} {good}", "other": f"{good} {good}"})
-    write_rows(folder / "say" / "train.jsonl", rows[:-60])
-    write_rows(folder / "say" / "validation.jsonl", rows[-60:])
+def rule(folder: Path, train: int = 600, validation: int = 100) -> Path:
+    """Sentences of the demo, with what they are about and how they judge it as text."""
+    topics = ("food", "travel", "music", "sport")
+    rows = []
+    for each in corpus(train + validation, 11):
+        good = "good" if each.sentiment else "bad"
+        answer = f"{good} {topics[each.topic]}"
+        rows.append({"sentence": each.sentence, "answer": answer, "other": f"{good} {good}"})
+    write_rows(folder / "say" / "train.jsonl", rows[:train])
+    write_rows(folder / "say" / "validation.jsonl", rows[train:])
     return folder
 
 
@@ -172,7 +170,7 @@ def test_a_rule_is_learned_from_the_command_line(tmp_path: Path) -> None:
     how = ("tune", "--cache", cache, "--epochs", 6, "--lr", 1e-2, "--json")
     (result,) = done(*how, "--out", tmp_path / "runs").json
     assert set(result["metrics"]) == {"exact_match", "token_accuracy", "perplexity"}
-    # Four answers.
+    # Eight answers.
     assert result["score"] == result["metrics"]["exact_match"] > 60
     file = data / "say" / "validation.jsonl"
     lines = done("predict", "--adapter", result["folder"], "--file", file, "--json").out

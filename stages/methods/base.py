@@ -184,12 +184,14 @@ class Method(ABC):
         usual: defaults of the settings that mean something of their own to each method:
             `reduction`, `late` and `init`.
         inits: what its trained weights can start from.
+        speaks: whether it has a route in front of a causal model's own head.
         given: those of them that `Tuner.start_from` has to be given weights for.
     """
 
     usual: ClassVar[Mapping[str, Any]]
     inits: ClassVar[tuple[str, ...]]
     given: ClassVar[frozenset[str]] = frozenset()
+    speaks: ClassVar[bool] = False
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
