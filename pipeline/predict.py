@@ -16,10 +16,11 @@ from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import check_text, load_sources
 from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
-from sherl_pipe.stages.words import FirstTokens, PrefixTree, Scoring
+from sherl_pipe.stages.words import PrefixTree, Scoring
 
 # Of a generated text, where nobody says how many.
 MAX_NEW_TOKENS = 64

@@ -100,7 +100,7 @@ def _extract_continuations(
     }
     given = {table.task for table in ready.tables}
     return [
-        extractor.continuations(cache, split, texts, prompts)
+        extractor.targets(cache, split, texts, prompts)
         for split, texts in missing_targets(cache, extractor.tokenizer, None, given)
     ]
 

@@ -17,11 +17,12 @@ from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import FAMILIES, stack_of
+from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
-from sherl_pipe.stages.methods.live import count_tokens
-from sherl_pipe.stages.surgery import placed, share
-from sherl_pipe.stages.words import FirstTokens, Scoring
+from sherl_pipe.stages.methods.live import count_tokens, speaking
+from sherl_pipe.stages.surgery import placed
+from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,7 +101,7 @@ class TunedModel(nn.Module):
         self._spoken = backbone.family.seq2seq
         if backbone.family.causal and not route.spec.outputs:
             self._spoken = True
-            self.model = _speaking(backbone, self.model)
+            self.model = speaking(backbone, self.model)
         self._width, self._family = backbone.width, backbone.family
         if self._family.places is not None:
             count_tokens(self.model, self._family)
@@ -185,14 +186,6 @@ class TunedModel(nn.Module):
                 decoder_attention_mask=mask.expand(size, -1, -1, -1),
             )
         return scoring.score(scoring.pick(out.logits[:, tree.first_places().to(device)]))
-
-
-def _speaking(backbone: Backbone, body: nn.Module) -> nn.Module:
-    """A causal model with its own head behind `body`; its weights are shared."""
-    language: Any = share(backbone.language or nn.Module())
-    setattr(language, language.base_model_prefix, body)
-    whole: nn.Module = language
-    return whole
 
 
 def save_adapter(folder: str | Path, config: AdapterConfig, route: nn.Module) -> None:

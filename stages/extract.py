@@ -217,56 +217,44 @@ class Extractor:
         out.finish()
         return report
 
-    def targets(self, cache: FeatureCache, split: str, texts: TargetTexts) -> Report:
-        """Extract the states of free-text targets for a split of a text-to-text backbone, from its
-        cached encoder, which is not run.
-
-        Raises what `words` raises.
-        """
-        encoder = cache.stream(split, "encoder")
-        ids = [row.tobytes() for row in encoder.ids]
-        lengths = np.array([texts.rows(each) for each in ids], np.int64)
-        layout = same_shards(encoder.layout, lengths)
-        notes = {"targets": texts.key, "truncated": texts.truncated}
-        out = self.writer.stream(split, texts.stream, ids, layout, notes)
-        report = self._report(out, layout, truncated=texts.truncated)
-        if out.pending():
-            spec = self.identity.streams["decoder"]
-            pass_ = TargetsPass(self.backbone, spec, encoder, texts, self.batch_tokens)
-            self._run(out, layout, ids, pass_.states, report)
-        out.finish()
-        return report
-
-    def continuations(
+    def targets(
         self,
         cache: FeatureCache,
         split: str,
         texts: TargetTexts,
-        prompts: Mapping[bytes, tuple[str, ...]],
+        prompts: Mapping[bytes, tuple[str, ...]] | None = None,
     ) -> Report:
-        """Extract the states of free-text targets behind their prompts, of a causal backbone.
+        """Extract the states of free-text targets for a split: of a text-to-text backbone from its
+        cached encoder, which is not run; of a causal one behind their prompts.
 
         Args:
-            prompts: rendered segments of the split's examples, by id.
+            texts: the targets.
+            prompts: a causal backbone's: rendered segments of the split's examples, by id.
 
         Raises what `words` raises.
         """
-        main = cache.stream(split, "hidden")
+        main = cache.stream(split, self.backbone.family.main)
         ids = [row.tobytes() for row in main.ids]
-        targets = [texts.of(each) for each in ids]
-        layout = same_shards(main.layout, np.array([texts.rows(each) for each in ids], np.int64))
+        lengths = np.array([texts.rows(each) for each in ids], np.int64)
+        layout = same_shards(main.layout, lengths)
         notes = {"targets": texts.key, "truncated": texts.truncated}
         out = self.writer.stream(split, texts.stream, ids, layout, notes)
         report = self._report(out, layout, truncated=texts.truncated)
         if out.pending():
-            tokens = tokenize(
-                self.tokenizer, [prompts[each] for each in ids], self.identity.max_length
-            )
-            before = [tuple(each["input_ids"].tolist()) for each in tokens.inputs]
-            spec = self.identity.streams["hidden"]
-            pass_ = ContinuationsPass(
-                self.backbone, spec, before, targets, texts, self.batch_tokens
-            )
+            pass_: TargetsPass | ContinuationsPass
+            if prompts is None:
+                pass_ = TargetsPass(self.backbone, out.spec, main, texts, self.batch_tokens)
+            else:
+                chosen = [prompts[each] for each in ids]
+                tokens = tokenize(self.tokenizer, chosen, self.identity.max_length)
+                pass_ = ContinuationsPass(
+                    self.backbone,
+                    out.spec,
+                    [tuple(each["input_ids"].tolist()) for each in tokens.inputs],
+                    [texts.of(each) for each in ids],
+                    texts,
+                    self.batch_tokens,
+                )
             self._run(out, layout, ids, pass_.states, report)
         out.finish()
         return report

@@ -14,11 +14,12 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
+from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
 from sherl_pipe.stages.texts import TargetTexts
-from sherl_pipe.stages.words import FirstTokens, PrefixTree, Scoring
+from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
 
 HOLD_OUT = 10  # one in so many training examples, where a task has no validation split

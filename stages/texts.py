@@ -6,7 +6,7 @@ to predict itself. An example that stands in several rows has all their targets,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from sherl_pipe.cache import InputError, LabelTable
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
-from sherl_pipe.stages.words import word_gap
+from sherl_pipe.stages.first_tokens import word_gap
 from torch import Tensor
 from torch.nn import functional
 
@@ -154,10 +154,24 @@ def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(logits, tokens)
 
 
-def judged(logits: Tensor, tokens: Tensor) -> Tensor:
-    """`[n, 2]`: minus the log-probability of every token, and whether it is the likeliest."""
-    losses = functional.cross_entropy(logits, tokens, reduction="none")
-    return torch.stack([losses, (logits.argmax(-1) == tokens).to(losses)], dim=1)
+def judged(logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
+    """What `text_metrics` takes of a batch, `[B, 3]`.
+
+    Args:
+        logits_of: from states `[n, d]` to logits `[n, V]`.
+        states: `[B, P, d]` that predict the targets.
+        targets: `[B, P]`, IGNORED where there is none.
+    """
+    inside = targets != IGNORED
+    found = []
+    # Of a large vocabulary not all logits at once.
+    for some, wanted in zip(states[inside].split(CHUNK), targets[inside].split(CHUNK), strict=True):
+        logits = logits_of(some).float()
+        losses = functional.cross_entropy(logits, wanted, reduction="none")
+        found.append(torch.stack([losses, (logits.argmax(-1) == wanted).to(losses)], dim=1))
+    each = torch.zeros(*targets.shape, 2, device=states.device)
+    each[inside] = torch.cat(found)
+    return torch.cat([each.sum(1), inside.sum(1, keepdim=True).to(each)], dim=1)
 
 
 def text_metrics(outputs: Tensor) -> dict[str, float]:
@@ -168,7 +182,8 @@ def text_metrics(outputs: Tensor) -> dict[str, float]:
     that are. Both in percent. `perplexity` is e to the mean cross-entropy of a token.
 
     Args:
-        outputs: `[N, 3]`: of every row the sums of `judged`, and the number of tokens.
+        outputs: `[N, 3]`: of every row minus the log-probability of its target, how many of its
+            tokens are the likeliest, and how many there are.
     """
     losses, right, count = outputs.double().unbind(1)
     return {

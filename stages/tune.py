@@ -23,7 +23,7 @@ from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.texts import CHUNK, IGNORED, judged, padded, text_loss, text_metrics
+from sherl_pipe.stages.texts import IGNORED, judged, padded, text_loss, text_metrics
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -143,23 +143,10 @@ class Tuner:
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
             (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
             if self.task.texts is not None:
-                return self._judged(hidden, rows).cpu()
+                tokens = self.task.target_tokens(rows, train=False)
+                return judged(route.logits, hidden, padded(tokens).to(hidden.device)).cpu()
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
-
-    def _judged(self, hidden: Tensor, rows: Ints) -> Tensor:
-        """`[B, 3]` of the states along the targets of held-out rows."""
-        tokens = padded(self.task.target_tokens(rows, train=False)).to(hidden.device)
-        inside = tokens != IGNORED
-        states, wanted = hidden[inside], tokens[inside]
-        # Of a large vocabulary not all logits at once.
-        found = [
-            judged(self.route.logits(some).float(), right)
-            for some, right in zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
-        ]
-        each = torch.zeros(*tokens.shape, 2, device=hidden.device)
-        each[inside] = torch.cat(found)
-        return torch.cat([each.sum(1), inside.sum(1, keepdim=True).to(each)], dim=1)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a training batch."""

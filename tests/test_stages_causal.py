@@ -18,13 +18,13 @@ from sherl_pipe.pipeline.predict import Predictor, _padded_before
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages import features
 from sherl_pipe.stages.adapter import TunedModel
+from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.texts import IGNORED
 from sherl_pipe.stages.tokens import tokenize
 from sherl_pipe.stages.tune import Tuner
-from sherl_pipe.stages.words import FirstTokens
 from test_stages_texts import make_tuner, write_texts
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -167,7 +167,8 @@ def test_a_rule_is_learned_from_the_command_line(tmp_path: Path) -> None:
     data, cache = rule(tmp_path / "data"), tmp_path / "cache"
     done("extract", "--data", data, "--cache", cache, "--target-column", "answer",
          "--taps", "all")  # fmt: skip
-    how = ("tune", "--cache", cache, "--epochs", 6, "--lr", 1e-2, "--json")
+    how = ("tune", "--cache", cache, "--epochs", 3, "--batch-size", 8, "--lr", 1e-2,
+           "--json")  # fmt: skip
     (result,) = done(*how, "--out", tmp_path / "runs").json
     assert set(result["metrics"]) == {"exact_match", "token_accuracy", "perplexity"}
     # Eight answers.

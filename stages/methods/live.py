@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of, stack_of
-from sherl_pipe.stages.surgery import TapRecorder, cut_after, move_positions
+from sherl_pipe.stages.surgery import TapRecorder, cut_after, move_positions, share
 from torch import Tensor, nn
 
 
@@ -121,3 +121,11 @@ def count_tokens(model: nn.Module, family: Family) -> None:
 
     stack.register_forward_pre_hook(listen, with_kwargs=True)
     move_positions(stack, family, places)
+
+
+def speaking(backbone: Backbone, body: nn.Module) -> nn.Module:
+    """A causal model with its own head behind `body`; its weights are shared."""
+    language: Any = share(backbone.language or nn.Module())
+    setattr(language, language.base_model_prefix, body)
+    whole: nn.Module = language
+    return whole
