@@ -30,6 +30,8 @@ def pass_key(task: Task, settings: TuneSettings) -> Hashable:
     return (
         task.train.ids,
         task.held_out.ids,
+        task.texts is not None,
+        settings.head == "words",
         settings.method,
         settings.late,
         settings.epochs,

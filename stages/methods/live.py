@@ -125,7 +125,9 @@ def count_tokens(model: nn.Module, family: Family) -> None:
 
 def speaking(backbone: Backbone, body: nn.Module) -> nn.Module:
     """A causal model with its own head behind `body`; its weights are shared."""
-    language: Any = share(backbone.language or nn.Module())
+    if backbone.language is None:
+        raise TypeError(f"{backbone.name} was loaded without its head")
+    language: Any = share(backbone.language)
     setattr(language, language.base_model_prefix, body)
     whole: nn.Module = language
     return whole
