@@ -11,7 +11,7 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.opening import pick_device
+from sherl_pipe.pipeline.opening import pick_device, positions
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import check_text, load_sources
@@ -75,7 +75,7 @@ class Predictor:
             self.scoring = Scoring.of(tree, config.loss)
         elif spoken and config.labels.kind != "text":
             self.scoring = FirstTokens.of_words(config.labels.words, self.tokenizer)
-        self.causal = backbone.family.causal
+        self.causal, self.room = backbone.family.causal, positions(backbone)
 
     def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
         """Texts from the command line; for pairs, two and two belong together."""
@@ -154,7 +154,7 @@ class Predictor:
                     inputs = _padded_before(inputs)
                 out = self.model.generate(
                     **inputs,
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=self._most(inputs),
                     do_sample=False,
                     num_beams=1,
                     pad_token_id=pad_id(self.tokenizer),
@@ -163,6 +163,20 @@ class Predictor:
                     out = out[:, inputs["input_ids"].shape[1] :]
                 found += self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return [each.strip() for each in found]
+
+    def _most(self, inputs: dict[str, Any]) -> int:
+        """Tokens that may be generated: what is asked for, as far as there are learned positions.
+
+        Raises InputError for a prompt that leaves none.
+        """
+        if self.room is None:
+            return self.max_new_tokens
+        left = self.room - (inputs["input_ids"].shape[1] if self.causal else 1)
+        if left < 1:
+            raise InputError(
+                explain("text", expected=f"fewer than {self.room} tokens", found=self.room - left)
+            )
+        return min(self.max_new_tokens, left)
 
     def _batches(
         self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int

@@ -46,7 +46,7 @@ class Family:
             inside a stack.
         norm: of an encoder-decoder, the path inside a stack of the norm behind its last block; None
             where blocks end with a norm of their own.
-        scaled: path inside a stack of what acts between its embeddings and the first block.
+        entry: path inside a stack of what acts between its embeddings and the first block.
         numbered: whether `position_ids`, from 0 at an example's first token, tell it where tokens
             are; padding in front would move them else.
         arguments: for the model's class.
@@ -63,7 +63,7 @@ class Family:
     positions: str | None = None
     places: str | None = None
     norm: str | None = None
-    scaled: str | None = None
+    entry: str | None = None
     numbered: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     side: Side | None = None
@@ -142,7 +142,7 @@ _BART = Family(
     seq2seq=True,
     positions="model.encoder.embed_positions",
     places="embed_positions",
-    scaled="layernorm_embedding",
+    entry="layernorm_embedding",
     side=Side("", "dropout"),
 )
 

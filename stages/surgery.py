@@ -163,8 +163,8 @@ def bare(stack: Any, family: Family) -> None:
     stack.embed_tokens = None
     if family.places is not None:
         replace_module(stack, family.places, NoPositions())
-    if family.scaled is not None:
-        replace_module(stack, family.scaled, nn.Identity())
+    if family.entry is not None:
+        replace_module(stack, family.entry, nn.Identity())
 
 
 def late_decoder(backbone: Backbone, late: int) -> nn.Module:
