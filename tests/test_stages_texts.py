@@ -156,7 +156,7 @@ def rule(folder: Path, train: int = 600, validation: int = 100) -> Path:
     for each in corpus(train + validation, 11):
         good = "good" if each.sentiment else "bad"
         answer = f"{good} {topics[each.topic]}"
-        rows.append({"sentence": each.sentence, "answer": answer, "other": f"{good} {good}"})
+        rows.append({"sentence": each.sentence, "answer": answer, "other": topics[each.topic]})
     write_rows(folder / "say" / "train.jsonl", rows[:train])
     write_rows(folder / "say" / "validation.jsonl", rows[train:])
     return folder
@@ -192,7 +192,7 @@ def test_a_rule_is_learned_from_the_command_line(tmp_path: Path) -> None:
     streams = FeatureCache.open(cache).streams("say/train")
     assert len([name for name in streams if name.startswith("decoder-")]) == 2
     (again,) = done(*how, "--out", tmp_path / "more").json
-    assert again["metrics"]["exact_match"] > 60
+    assert again["metrics"]["exact_match"] > 50  # of four
     Predictor(Path(again["folder"]), device="cpu")
 
 
