@@ -17,9 +17,9 @@ from sherl_pipe.cache.store import LocalStore, is_partial
 
 FOLDER = "_labels"
 
-KINDS = ("classification", "regression")
+KINDS = ("classification", "regression", "text")
 
-Label = int | float
+Label = int | float | str
 BIGGEST = 1e300  # an integer of JSON can be larger than any float
 
 
@@ -28,8 +28,9 @@ class TaskSpec:
     """What the labels of a task mean.
 
     Attributes:
-        kind: `classification` (labels index `classes`) or `regression` (labels are numbers).
-        classes: names of the classes; empty for regression.
+        kind: `classification` (labels index `classes`), `regression` (labels are numbers) or `text`
+            (labels are texts).
+        classes: names of the classes; of a classification only.
         words: label words of a text-to-text backbone, one per class; for regression the graded
             values as text.
         metrics: names of the metrics, the GLUE ones where the task is known.
@@ -149,7 +150,14 @@ def _problem(table: LabelTable) -> str | None:
             return explain(f"{where}: bytes of the id", expected=ID_BYTES, found=len(identity))
         if table.spec.kind == "regression":
             wanted = "a finite number"
-            good = type(label) in (int, float) and -BIGGEST < label < BIGGEST
+            good = (
+                isinstance(label, int | float)
+                and not isinstance(label, bool)
+                and -BIGGEST < label < BIGGEST
+            )
+        elif table.spec.kind == "text":
+            wanted = "a text with more than blanks"
+            good = type(label) is str and label.strip() != ""
         else:
             wanted = f"a class from 0 to {classes - 1}"
             good = type(label) is int and 0 <= label < classes

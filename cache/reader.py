@@ -254,5 +254,5 @@ class FeatureCache:
 
 
 def _main_first(item: tuple[str, Stream]) -> bool:
-    """The stream that holds every example of a split comes before those made for label words."""
-    return item[0].startswith("decoder-")
+    """The stream that holds every example of a split comes before those made for some labels."""
+    return "-" in item[0]

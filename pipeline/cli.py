@@ -17,6 +17,7 @@ from sherl_pipe.pipeline.options import (
     LABEL_COLUMN,
     MOVED,
     PLAN,
+    TARGET_COLUMN,
     TEXT_COLUMNS,
     TUNE,
     extract_values,
@@ -121,6 +122,12 @@ def run(config: Path | None) -> None:
         ),
         TEXT_COLUMNS,
         IMAGE_COLUMN,
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=64,
+            help="Of a generated text, at most; for adapters of free-text tasks.",
+        ),
         DEVICE,
         JSON,
     ]
@@ -133,6 +140,7 @@ def predict(
     file: Path | None,
     text_columns: tuple[str, ...],
     image_column: str | None,
+    max_new_tokens: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -142,7 +150,7 @@ def predict(
     from sherl_pipe.pipeline import console
     from sherl_pipe.pipeline.predict import Predictor
 
-    predictor = Predictor(adapter, model=model, device=device)
+    predictor = Predictor(adapter, model=model, device=device, max_new_tokens=max_new_tokens)
     if file is not None:
         rows = predictor.rows_of_file(file, text_columns, image_column)
     else:
@@ -237,6 +245,7 @@ def verify(cache: Path) -> None:
         TEXT_COLUMNS,
         IMAGE_COLUMN,
         LABEL_COLUMN,
+        TARGET_COLUMN,
         click.option("--id-column", help="Column with example ids, instead of texts."),
         click.option("--partial", is_flag=True, help="Examples without a label are fine."),
         DEVICE,

@@ -40,6 +40,7 @@ class DataConfig(Section):
     text_columns: tuple[str, ...] = ()
     image_column: str | None = None
     label_column: str | None = None
+    target_column: str | None = None
     limit: Positive | None = None
 
 
@@ -72,7 +73,7 @@ class TuneConfig(Section):
     clip: Annotated[float, Field(gt=0)] = 1.0
     init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first", "last"] | None = None
-    head: Literal["random", "probe"] | None = None
+    head: Literal["random", "probe", "words"] | None = None
     loss: Literal["words", "vocabulary"] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     together: Positive = 8

@@ -87,6 +87,7 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
         image_column=data.image_column,
         images=images,
         label_column=data.label_column,
+        target_column=data.target_column,
         tasks=data.tasks,
         limit=data.limit,
     )
@@ -109,6 +110,8 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     for source in sources if images else ():
         source.ids(templates[source.name], progress)  # read all of them before anything is written
     tables = label_tables(sources, templates)
+    if any(table.spec.kind == "text" for table in tables):
+        require_speech(family)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(
@@ -160,6 +163,9 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
     )
     spare_threads(backbone)
     tokenizer = load_preprocessor(config.model, config.revision)
+    room = positions(backbone)
+    if room and config.data.target_column is not None and backbone.family.causal:
+        room //= 2  # prompt and target are one sequence
     # The demo's tasks label the same sentences.
     named = backbone.family.seq2seq and config.data_source != DEMO_DATA
     longest = settings.max_length
@@ -169,7 +175,7 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
         backbone,
         tokenizer,
         template=settings.template or ("task" if named else "neutral"),
-        max_length=min(longest, positions(backbone) or longest),
+        max_length=min(longest, room or longest),
         codec=CODECS[settings.codec],
         taps=settings.taps,
         versions=versions(),
@@ -224,8 +230,9 @@ def positions(backbone: Backbone) -> int | None:
     table: Any = None if path is None else attrgetter(path)(backbone.model)
     if table is None:
         return None
-    # RoBERTa counts positions from behind its padding index.
-    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+    # RoBERTa counts positions from behind its padding index, BART from an offset.
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - int(getattr(table, "offset", unused))
 
 
 def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
@@ -234,6 +241,19 @@ def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
         PrefixTree.of_words(spec.words, tokenizer, 0)
     except InputError as error:
         raise InputError(f"task {task}: {error}") from error
+
+
+def require_speech(family: Family) -> None:
+    """Raise InputError for a family that cannot say a free text."""
+    if not (family.seq2seq or family.causal):
+        raise InputError(
+            explain(
+                "target column",
+                expected="a model that generates text",
+                found="an encoder",
+                todo="Use a text-to-text or causal model, or --label-column for a classification.",
+            )
+        )
 
 
 def held_examples(path: Path) -> dict[bytes, str]:

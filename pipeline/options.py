@@ -32,6 +32,10 @@ IMAGE_COLUMN = click.option(
     "--image-column", help="Column with the path, relative to the file, or the bytes of an image."
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
+TARGET_COLUMN = click.option(
+    "--target-column",
+    help="Column with free text that the model learns to say, instead of labels.",
+)
 
 METHOD = click.option(
     "--method", default="sherl", help="sherl, lst, dtl, dtl+, unipt, weighted or linear."
@@ -87,6 +91,7 @@ EXTRACT = [
     TEXT_COLUMNS,
     IMAGE_COLUMN,
     LABEL_COLUMN,
+    TARGET_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
     click.option(
         "--codec",
@@ -155,8 +160,9 @@ TUNE = [
     ),
     click.option(
         "--head",
-        type=click.Choice(["random", "probe"]),
-        help="What an encoder's head starts from; probe fits a linear model first.  "
+        type=click.Choice(["random", "probe", "words"]),
+        help="What an encoder's head starts from; probe fits a linear model first. With words a "
+        "causal model keeps its own head and scores the label words by their first tokens.  "
         "[default: probe for sherl, random for lst]",
     ),
     click.option(
@@ -205,10 +211,8 @@ PLAN = [
 def extract_values(options: dict[str, Any]) -> dict[str, Any]:
     """The values of EXTRACT's options, as `RunConfig` has them."""
     rest = dict(options)
-    data = {
-        key: rest.pop(key)
-        for key in ("source", "tasks", "text_columns", "image_column", "label_column", "limit")
-    }
+    names = "source", "tasks", "text_columns", "image_column", "label_column", "target_column"
+    data = {key: rest.pop(key) for key in (*names, "limit")}
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
 

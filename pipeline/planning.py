@@ -31,8 +31,8 @@ from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, pr
 from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_bytes
 from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
-from sherl_pipe.stages.extract import words_of
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
+from sherl_pipe.stages.missing import words_of
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
@@ -220,7 +220,9 @@ def _trees_of(ready: Prepared) -> list[PrefixTree]:
         return []
     start = ready.backbone.start
     found = [
-        PrefixTree.of_words(table.spec.words, ready.tokenizer, start) for table in ready.tables
+        PrefixTree.of_words(table.spec.words, ready.tokenizer, start)
+        for table in ready.tables
+        if table.spec.kind != "text"
     ]
     return list({tree.stream: tree for tree in found}.values())
 

@@ -49,7 +49,7 @@ def tune_table(results: Sequence[TuneResult]) -> Table:
             result.method,
             f"{result.lr:g}",
             str(result.seed),
-            ", ".join(f"{name} {value:.1f}" for name, value in result.metrics.items()),
+            ", ".join(_shown(name, value) for name, value in result.metrics.items()),
             f"{result.role} {result.examples:,}",
             f"{result.trainable:,} ({100 * result.trainable / result.backbone:.2f} %)",
             f"{result.seconds:.1f}",
@@ -69,6 +69,10 @@ def tune_table(results: Sequence[TuneResult]) -> Table:
         "peak MiB",
     )
     return table("", columns, rows)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{name} {value:.2f}" if name == "perplexity" else f"{name} {value:.1f}"
 
 
 def describe(cache: FeatureCache) -> dict[str, Any]:

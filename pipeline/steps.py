@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
+from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.added import (
     naming_the_extraction,
@@ -34,10 +35,11 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.extract import Extractor, Report
 from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.missing import missing_targets, missing_words
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
@@ -78,6 +80,8 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
             reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
+        else:
+            reports += _extract_continuations(extractor, FeatureCache.open(path), ready)
         where = {"path": str(path), "identity": writer.identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
     say_what_is_left(FeatureCache.open(path))
@@ -87,10 +91,33 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
 def _extract_words(
     extractor: Extractor, cache: FeatureCache, *, whole: bool = False
 ) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder; with `whole`, those of
-    added taps too."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start, whole=whole)
-    return [each for split, tree in missing for each in extractor.words(cache, split, tree)]
+    """Decoder states that label words and targets still lack, from the cached encoder; with
+    `whole`, those of added taps too."""
+    start = extractor.backbone.start
+    missing = missing_words(cache, extractor.tokenizer, start, whole=whole)
+    reports = [each for split, tree in missing for each in extractor.words(cache, split, tree)]
+    for split, texts in missing_targets(cache, extractor.tokenizer, start, whole=whole):
+        reports += extractor.targets(cache, split, texts)
+    return reports
+
+
+def _extract_continuations(
+    extractor: Extractor, cache: FeatureCache, ready: Prepared
+) -> list[Report]:
+    """States of a causal model's targets that the cache still lacks, behind their prompts."""
+    if not extractor.backbone.family.causal or ready.config.data.target_column is None:
+        return []
+    prompts = {
+        example_id(texts): texts
+        for source in ready.sources
+        for texts in source.texts(ready.templates[source.name])
+    }
+    given = {table.task for table in ready.tables}
+    return [
+        each
+        for split, texts in missing_targets(cache, extractor.tokenizer, None, given, whole=True)
+        for each in extractor.targets(cache, split, texts, prompts)
+    ]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -126,20 +153,23 @@ def open_for_tuning(
     revision = cache.identity.backbone.get("revision")
     device = pick_device(config.device)
     # The late route trains in float32 whatever the features were computed in.
-    load_whole = partial(load_backbone, name, revision=revision, device=device)
-    if whole:
-        backbone, tokenizer = load_whole(), load_preprocessor(name, revision)
+    tables = [table for roles in cache.tasks.values() for table in roles.values()]
+    spoken = any(table.spec.kind == "text" for table in tables)
+    head = spoken or own["head"] == "words"
+    load_whole = partial(load_backbone, name, revision=revision, device=device, head=head)
+    tokenizer = load_preprocessor(name, revision)
+    # A causal model's own head comes with the whole of it.
+    if whole or (head and "hidden" in cache.identity.streams):
+        backbone = load_whole()
     else:
-        tokenizer = load_preprocessor(name, revision)
-        tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        scored = "decoder" in cache.identity.streams and own["loss"] == "words"
+        scored = "decoder" in cache.identity.streams and own["loss"] == "words" and not spoken
         tokens = tokens_of(words, tokenizer) if scored else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
     check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
-    if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
+    if _lacks_states(cache, backbone, tokenizer):
         # Attached after the extraction; in the dtype of the other features.
         full = backbone if backbone.whole else load_whole()
         twin = full.cast(DTYPES[str(cache.identity.backbone["dtype"])])
@@ -147,6 +177,14 @@ def open_for_tuning(
             _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
         cache = FeatureCache.open(config.cache_path)
     return cache, backbone, tokenizer
+
+
+def _lacks_states(cache: FeatureCache, backbone: Backbone, tokenizer: Any) -> bool:
+    """Whether labels were attached whose decoder states are not cached."""
+    if not backbone.family.seq2seq:
+        return False
+    start = backbone.start
+    return bool(missing_words(cache, tokenizer, start) or missing_targets(cache, tokenizer, start))
 
 
 def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, TaskSpec], None]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from sherl_pipe.cache import (
     CacheWriter,
     Codec,
     FeatureCache,
     Identity,
-    LabelTable,
+    Stream,
     StreamSpec,
     StreamWriter,
 )
 from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, shard_capacity
-from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.data import Source
 from sherl_pipe.stages.inputs import preprocessor_fingerprint, read_inputs
@@ -25,7 +25,9 @@ from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Input, Template
-from sherl_pipe.stages.tokens import Tokens
+from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
+from sherl_pipe.stages.texts import TargetTexts
+from sherl_pipe.stages.tokens import Tokens, tokenize
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -228,6 +230,59 @@ class Extractor:
         first, *added = self.identity.parts(stream)
         return [*added, first]
 
+    def targets(
+        self,
+        cache: FeatureCache,
+        split: str,
+        texts: TargetTexts,
+        prompts: Mapping[bytes, tuple[str, ...]] | None = None,
+    ) -> list[Report]:
+        """Extract the states of free-text targets for a split: of a text-to-text backbone from its
+        cached encoder, which is not run; of a causal one behind their prompts.
+
+        Args:
+            texts: the targets.
+            prompts: a causal backbone's: rendered segments of the split's examples, by id.
+
+        Raises what `words` raises.
+        """
+        main = cache.stream(split, self.backbone.family.main)
+        ids = [row.tobytes() for row in main.ids]
+        lengths = np.array([texts.rows(each) for each in ids], np.int64)
+        layout = same_shards(main.layout, lengths)
+        notes = {"targets": texts.key, "truncated": texts.truncated}
+        reports = []
+        for part in self._parts(texts.stream):
+            out = self.writer.stream(split, part, ids, layout, notes)
+            report = self._report(out, layout, truncated=texts.truncated)
+            if out.pending():
+                states = self._target_states(out.spec, main, ids, texts, prompts)
+                self._run(out, layout, ids, states, report)
+            out.finish()
+            reports.append(report)
+        return reports
+
+    def _target_states(
+        self,
+        spec: StreamSpec,
+        main: Stream,
+        ids: Sequence[bytes],
+        texts: TargetTexts,
+        prompts: Mapping[bytes, tuple[str, ...]] | None,
+    ) -> Callable[[int, Layout], Iterator[Tensor]]:
+        if prompts is None:
+            return TargetsPass(self.backbone, spec, main, texts, self.batch_tokens).states
+        chosen = [prompts[each] for each in ids]
+        tokens = tokenize(self.tokenizer, chosen, self.identity.max_length)
+        return ContinuationsPass(
+            self.backbone,
+            spec,
+            [tuple(each["input_ids"].tolist()) for each in tokens.inputs],
+            [texts.of(each) for each in ids],
+            texts,
+            self.batch_tokens,
+        ).states
+
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
         return Report(
@@ -271,51 +326,3 @@ class Extractor:
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
             if committing is not None:
                 report.bytes_written += committing.result()
-
-
-def missing_words(
-    cache: FeatureCache, tokenizer: Any, start: int, *, whole: bool = False
-) -> list[tuple[str, PrefixTree]]:
-    """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
-
-    Args:
-        cache: of a text-to-text backbone.
-        tokenizer: the backbone's.
-        start: token id that decoding starts from.
-        whole: whether those count that lack added taps, of whatever task they are or were.
-    """
-    places = {identity: split for identity, (split, _) in cache.places.items()}
-    tables = (table for roles in cache.tasks.values() for table in roles.values())
-    missing = [
-        (split, tree)
-        for tree, splits in words_of(tables, places, tokenizer, start)
-        for split in splits
-        if tree.stream not in cache.streams(split)
-    ]
-    if whole:
-        taps = cache.identity.held("decoder").taps
-        missing += [
-            (split, PrefixTree.from_json(stream.notes["tree"]))
-            for split in cache.splits
-            for name, stream in cache.streams(split).items()
-            if stream_kind(name) == "decoder" and stream.spec.taps != taps
-        ]
-    return missing
-
-
-def words_of(
-    tables: Iterable[LabelTable], places: Mapping[bytes, str], tokenizer: Any, start: int
-) -> list[tuple[PrefixTree, list[str]]]:
-    """The prefix trees that label tables need, each with the splits that hold its examples.
-
-    Args:
-        tables: labels of the tasks.
-        places: the split of every example.
-        tokenizer, start: as for `missing_words`.
-    """
-    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
-    for table in tables:
-        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
-        splits = {places[each] for each in table.ids if each in places}
-        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
-    return [(tree, sorted(splits)) for tree, splits in needed.values()]

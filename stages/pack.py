@@ -30,6 +30,8 @@ def pass_key(task: Task, settings: TuneSettings) -> Hashable:
     return (
         task.train.ids,
         task.held_out.ids,
+        task.texts is not None,
+        settings.head == "words",
         settings.method,
         settings.late,
         settings.epochs,
@@ -133,7 +135,9 @@ class Pack:
             told = loading(progress, "evaluation")
             for batch in self.held_out.read(self.held_out.in_order(size), told):
                 for place in places:
-                    scores = self.tuners[place].scores(_view(batch, self._evaluation[place]))
+                    scores = self.tuners[place].scores(
+                        _view(batch, self._evaluation[place]), batch.rows
+                    )
                     found[place].append((batch.rows, scores))
         return found
 

@@ -224,6 +224,7 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     """
     main = identity.streams["encoder" if "encoder" in identity.streams else "hidden"]
     row = token_bytes(identity.codec, main)
+    deep = token_bytes(identity.codec, identity.streams.get("decoder", main))
     nodes, streams = 0, 1
     for tree in trees:
         nodes, streams = nodes + len(tree.nodes), streams + 1
@@ -234,6 +235,9 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     for source in sources:
         total += STREAM_BYTES * streams + example * len(source.rows)
         for each in source.rows:
+            if source.target_column is not None:
+                said = TEMPLATE_TOKENS + _most_tokens(each.get(source.target_column))
+                total += deep * min(identity.max_length, said) + EXAMPLE_BYTES
             size = TEMPLATE_TOKENS + sum(_most_tokens(each.get(name)) for name in source.columns)
             total += row * min(identity.max_length, size)
     return total

@@ -23,7 +23,7 @@ from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.words import Scoring
+from sherl_pipe.stages.texts import IGNORED, judged, padded, text_loss, text_metrics
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,7 +60,7 @@ class Tuner:
         self.randomness = Randomness(settings.seed, backbone.device)
         with Randomness(settings.seed, backbone.device).own():
             self.route: Route = method.build(backbone, self.spec)
-        self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
+        self.scoring = task.scoring(settings)
         self.parameters = trainable(self.route)
         self._ready = settings.init not in method.given
 
@@ -118,7 +118,7 @@ class Tuner:
     def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
         batches = source.read(source.in_order(batch_size))
-        return self.ordered([(each.rows, self.scores(each.streams)) for each in batches])
+        return self.ordered([(each.rows, self.scores(each.streams, each.rows)) for each in batches])
 
     def ordered(self, found: Sequence[tuple[Ints, Tensor]]) -> Tensor:
         """Outputs of batches, `[N, C]` in the order of the table.
@@ -134,13 +134,17 @@ class Tuner:
         return ordered
 
     @torch.inference_mode()
-    def scores(self, streams: Streams) -> Tensor:
-        """Head outputs or word scores `[B, C]` of a batch, on the host."""
+    def scores(self, streams: Streams, rows: Ints) -> Tensor:
+        """Head outputs or word scores `[B, C]` of a batch of held-out `rows`, on the host; of free
+        text what `text_metrics` takes, `[B, 3]`."""
         self.route.eval()
         scoring, route = self.scoring, self.route
         with self.autocast():
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
             (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
+            if self.task.texts is not None:
+                said = padded(self.task.target_tokens(rows, train=False))
+                return judged(route.logits, hidden, said.to(hidden.device)).cpu()
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
 
@@ -150,6 +154,10 @@ class Tuner:
 
     def loss_of(self, hidden: Tensor, rows: Ints) -> Tensor:
         """Mean loss of what the head reads for `rows` of the training table."""
+        if self.task.texts is not None:
+            tokens = padded(self.task.target_tokens(rows, train=True)).to(hidden.device)
+            inside = tokens != IGNORED
+            return text_loss(self.route.logits(hidden[inside]).float(), tokens[inside])
         if self.scoring is not None:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
             labels = [self.task.train.labels[row] for row in rows.tolist()]
@@ -198,7 +206,11 @@ class Tuner:
             costs: `seconds`, `seconds_per_epoch`, `peak_mib`.
         """
         labels = np.array(self.task.held_out.labels)
-        found = metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
+        if self.task.texts is not None:
+            found = text_metrics(outputs)
+        else:
+            answers = self.task.predictions(outputs)
+            found = metrics.evaluate(self.task.spec.metrics, labels, answers)
         result = TuneResult(
             task=self.task.name,
             method=self.settings.method,

@@ -102,6 +102,10 @@ class PrefixTree:
         """Decoder input ids `[P]` of the paths to all leaves."""
         return torch.tensor([self.nodes[node][-1] for node in self.flat_nodes])
 
+    def flat_places(self) -> Tensor:
+        """How deep each of the flat tokens stands in its path, `[P]`."""
+        return torch.tensor([len(self.nodes[node]) - 1 for node in self.flat_nodes])
+
     def flat_mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask `[1, 1, P, P]`: every path sees itself, causally, and no other path.
 

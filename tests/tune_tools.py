@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cli_tools import write_rows
-from model_tools import labels_of, save_model, sentences
+from model_tools import SEQ2SEQ, labels_of, save_model, sentences
 from sherl_pipe.cache import FeatureCache, NonFiniteError
 from sherl_pipe.pipeline import steps
 from sherl_pipe.pipeline.config import make_config
@@ -106,7 +106,7 @@ def make_world(folder: Path, family: str, method: str = "sherl") -> World:
         patch.setattr(steps, "Extractor", lambda *a, **k: Extractor(*a, **k | {"shard_bytes": 1}))
         steps.run_extract(config, QUIET)
         world = World(*steps.open_for_tuning(config, QUIET))
-    stream = "encoder" if family == "t5" else "hidden"
+    stream = "encoder" if family in SEQ2SEQ else "hidden"
     assert world.cache.stream("alone/train", stream).layout.shards > WINDOW
     return world
 
