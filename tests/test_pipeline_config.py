@@ -182,8 +182,8 @@ def test_command_line_and_config_have_the_same_defaults(monkeypatch: pytest.Monk
 
 
 EXTRACT = """--model m --revision r --device cpu --cache c --data d --task t --text-column a
-    --image-column i --label-column l --limit 3 --codec float32 --taps 0,2 --template task
-    --max-length 9 --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
+    --image-column i --label-column l --target-column w --limit 3 --codec float32 --taps 0,2
+    --template task --max-length 9 --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
 TUNE = """--cache c --device cpu --task t --method lst --preset paper --reduction 2 --late 2
     --lr 0.1 --lr 0.2 --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1
     --clip 2 --init paper --pool first --head probe --loss vocabulary --precision bf16
