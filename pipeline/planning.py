@@ -21,8 +21,8 @@ from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, pr
 from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_bytes
 from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
-from sherl_pipe.stages.extract import words_of
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
+from sherl_pipe.stages.needed_words import words_of
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose

@@ -27,9 +27,10 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.extract import Extractor, Report
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.needed_words import missing_words
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneResult

@@ -17,6 +17,7 @@ from typing import Any
 
 from sherl_pipe.cache import InputError, WorkerError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.pipeline.crew import WorkerDiedError
 
 try:
     # Read when Ray is imported: nobody who extracts features asked to be counted.
@@ -196,3 +197,47 @@ def share(found: Sequence[Node], workers: int | None, device: str) -> Share:
     most = max((node.cpus for node in found), default=1)
     cpus = next((each for each in range(most, 0, -1) if fits(each)), 0)
     return Share(workers, cpus, int(on_gpu))
+
+
+def hire(kind: type, cpus: int, gpus: int) -> Any:
+    """An actor of `kind` on the cluster. It is not restarted, and none of its calls is repeated:
+    who hired it decides."""
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    return ray.remote(kind).options(max_concurrency=1 + gpus, **options).remote()
+
+
+def call(worker: Any, method: str, *arguments: Any) -> Any:
+    """Begin a call of an actor; its reference."""
+    return getattr(worker, method).remote(*arguments)
+
+
+def first_done(calls: Sequence[Any], seconds: float) -> Sequence[Any]:
+    """Those of some calls that are over, once there are any or the time is."""
+    done, _ = ray.wait(list(calls), num_returns=1, timeout=seconds)
+    return list(done)
+
+
+def result(call: Any) -> Any:
+    """What a call gave.
+
+    Raises what it raised, as the actor raised it; WorkerDiedError where the actor, its machine or
+    what it answered is gone.
+    """
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise WorkerDiedError(_reason(error)) from error
+
+
+def dismiss(worker: Any) -> None:
+    """End an actor, whatever it does."""
+    ray.kill(worker, no_restart=True)
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says of a death, in one line without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "class_name" not in line and "_id:" not in line]
+    return " ".join(told)[:300]

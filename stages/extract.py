@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from sherl_pipe.cache import (
     Codec,
     FeatureCache,
     Identity,
-    LabelTable,
+    Stream,
     StreamSpec,
     StreamWriter,
 )
@@ -190,10 +190,8 @@ class Extractor:
         out = self.writer.stream(source.name, stream, ids, layout, notes)
         report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
         if out.pending():
-            pad = pad_id(self.tokenizer)
-            pass_ = MainPass(self.backbone, stream, spec, tokens, pad, self.batch_tokens)
-            self._run(out, layout, ids, pass_.states, report)
-        out.finish()
+            self._extract_main(out, layout, ids, tokens, report)
+        self._finish(out)
         return report
 
     def words(self, cache: FeatureCache, split: str, tree: PrefixTree) -> Report:
@@ -209,11 +207,31 @@ class Extractor:
         out = self.writer.stream(split, tree.stream, ids, layout, {"tree": tree.to_json()})
         report = self._report(out, layout)
         if out.pending():
-            spec = self.identity.streams["decoder"]
-            pass_ = WordsPass(self.backbone, spec, encoder, tree, self.batch_tokens)
-            self._run(out, layout, ids, pass_.states, report)
-        out.finish()
+            self._extract_words(out, layout, ids, encoder, tree, report)
+        self._finish(out)
         return report
+
+    def _extract_main(
+        self, out: StreamWriter, layout: Layout, ids: list[bytes], tokens: Tokens, report: Report
+    ) -> None:
+        pad = pad_id(self.tokenizer)
+        pass_ = MainPass(self.backbone, out.stream, out.spec, tokens, pad, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _extract_words(
+        self,
+        out: StreamWriter,
+        layout: Layout,
+        ids: list[bytes],
+        encoder: Stream,
+        tree: PrefixTree,
+        report: Report,
+    ) -> None:
+        pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _finish(self, out: StreamWriter) -> None:
+        out.finish()
 
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
@@ -227,6 +245,15 @@ class Extractor:
             **counts,
         )
 
+    def _say_what(
+        self, out: StreamWriter, layout: Layout, pending: Sequence[int]
+    ) -> tuple[str, int]:
+        """Announce what is to be done; its name and its tokens."""
+        what, total = f"{out.split} {out.stream}", sum(map(layout.used_rows, pending))
+        need = total * token_bytes(self.identity.codec, out.spec)
+        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        return what, total
+
     def _run(
         self,
         out: StreamWriter,
@@ -236,12 +263,8 @@ class Extractor:
         report: Report,
     ) -> None:
         """Compute pending shards; a thread encodes and commits each while the next one runs."""
-        pending = out.pending()
-        total = sum(layout.used_rows(shard) for shard in pending)
-        done = 0
-        what = f"{out.split} {out.stream}"
-        need = total * token_bytes(self.identity.codec, out.spec)
-        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        pending, done = out.pending(), 0
+        what, total = self._say_what(out, layout, pending)
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             committing: Future[int] | None = None
             for shard in pending:
@@ -258,39 +281,3 @@ class Extractor:
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
             if committing is not None:
                 report.bytes_written += committing.result()
-
-
-def missing_words(cache: FeatureCache, tokenizer: Any, start: int) -> list[tuple[str, PrefixTree]]:
-    """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
-
-    Args:
-        cache: of a text-to-text backbone.
-        tokenizer: the backbone's.
-        start: token id that decoding starts from.
-    """
-    places = {identity: split for identity, (split, _) in cache.places.items()}
-    tables = (table for roles in cache.tasks.values() for table in roles.values())
-    return [
-        (split, tree)
-        for tree, splits in words_of(tables, places, tokenizer, start)
-        for split in splits
-        if tree.stream not in cache.streams(split)
-    ]
-
-
-def words_of(
-    tables: Iterable[LabelTable], places: Mapping[bytes, str], tokenizer: Any, start: int
-) -> list[tuple[PrefixTree, list[str]]]:
-    """The prefix trees that label tables need, each with the splits that hold its examples.
-
-    Args:
-        tables: labels of the tasks.
-        places: the split of every example.
-        tokenizer, start: as for `missing_words`.
-    """
-    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
-    for table in tables:
-        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
-        splits = {places[each] for each in table.ids if each in places}
-        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
-    return [(tree, sorted(splits)) for tree, splits in needed.values()]

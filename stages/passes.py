@@ -100,19 +100,19 @@ class MainPass:
         model: Any = cut_after(backbone, stream, spec.taps[-1])
         self._recorder = TapRecorder(blocks_of(model, backbone.family, stream), spec.taps)
         self._model = model.encoder if backbone.family.seq2seq else model
-        self._device, self._spec, self._tokens = backbone.device, spec, tokens
+        self._device, self._spec, self.tokens = backbone.device, spec, tokens
         self._pad_id, self._batch_tokens = pad_id, batch_tokens
 
     @torch.inference_mode()
     def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
         members = layout.members(shard)
-        for batch in token_batches(members, self._tokens.lengths, self._batch_tokens):
+        for batch in token_batches(members, self.tokens.lengths, self._batch_tokens):
             yield self.of(batch)
 
     def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
         """`[K, n, d]` of some examples, in one forward pass."""
-        inputs = self._tokens.batch(examples.tolist(), self._pad_id)
+        inputs = self.tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
         places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
