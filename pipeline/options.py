@@ -59,7 +59,7 @@ MEMORY_BUDGET = click.option(
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
 )
 
-EXTRACT = [
+_FEATURES = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
     click.option(
@@ -103,6 +103,32 @@ EXTRACT = [
     ),
     DEVICE,
 ]
+
+
+def _count(_: Any, __: Any, text: str | None) -> int | str | None:
+    """A number of workers. Raises BadParameter."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"expected a number from 1 on, or auto, found {text!r}")
+    return int(text)
+
+
+WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, each with a GPU or a share of the processors; auto: one for each "
+    "GPU, or machine without any, of the cluster.  [default: this process alone; auto with "
+    "--ray-address]",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    help="Ray cluster to join: host:port, or auto for the one on this machine.  [default: where "
+    "workers are asked for, one is started on this machine for the time]",
+)
+
+EXTRACT = [*_FEATURES, WORKERS, RAY_ADDRESS]
 
 TUNE = [
     CACHE,
@@ -166,7 +192,7 @@ TUNE = [
 ]
 
 PLAN = [
-    *EXTRACT,
+    *_FEATURES,
     METHOD,
     REDUCTION,
     LATE,
@@ -190,6 +216,7 @@ def extract_values(options: dict[str, Any]) -> dict[str, Any]:
         key: rest.pop(key) for key in ("source", "tasks", "text_columns", "label_column", "limit")
     }
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
+    whole["ray_address"] = rest.pop("ray_address", None)
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
 
 

@@ -83,4 +83,6 @@ class CrewExtractor(Extractor):
             self.progress(what, done, total, "tokens")
 
         self.progress(what, 0, total, "tokens")
-        self.lost += self.crew.work(pending, job, told)
+        lost = self.crew.work(pending, job, told)
+        report.lost = len(lost)
+        self.lost += lost

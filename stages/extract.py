@@ -127,6 +127,7 @@ class Report:
     Attributes:
         reused: examples whose text another split already holds.
         done_before: shards that were committed by an earlier run.
+        lost: shards that killed every worker that tried them.
     """
 
     split: str
@@ -138,6 +139,7 @@ class Report:
     shards: int = 0
     done_before: int = 0
     bytes_written: int = 0
+    lost: int = 0
 
 
 class Extractor:
