@@ -5,7 +5,6 @@ Knows nothing of Ray: an engine starts workers, calls them and says what became 
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,16 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from sherl_pipe.cache import Identity, InputError, StaleCacheError, WorkerError
-from sherl_pipe.cache.errors import explain
-from sherl_pipe.pipeline.opening import DTYPES, pick_device, spare_threads
-from sherl_pipe.pipeline.record import versions
-from sherl_pipe.stages.backbone import load_backbone
-from sherl_pipe.stages.shards import Done, Lost, ShardJob, ShardWorker
+from sherl_pipe.cache import WorkerError
+from sherl_pipe.pipeline.actor import Setup, ShardActor
+from sherl_pipe.stages.shards import Done, Lost, ShardJob
 
 # A shard that has killed so many workers is given up, and so is a place where as many died idle.
 STRIKES = 3
+# Shards that a worker with a GPU commits while it computes the next one, at most: compressing on
+# one processor is slower than many a GPU, and each shard takes memory.
+MOST_COMMITS = 8
 # A cluster that gives room to no worker for so long is not waited for.
 PLACE_SECONDS = 120.0
 
@@ -35,8 +33,9 @@ class WorkerDiedError(Exception):
 class Engine(Protocol):
     """What starts workers and calls them; `sherl_pipe.pipeline.workers` is one."""
 
-    def hire(self, kind: type, cpus: int, gpus: int) -> Any:
-        """A new worker, an object of `kind` somewhere; at once, whether there is room or not."""
+    def hire(self, kind: type, cpus: int, gpus: int, calls: int) -> Any:
+        """A new worker, an object of `kind` somewhere that works on so many calls at a time; given
+        at once, whether there is room or not."""
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Hashable:
         """Begin a call."""
@@ -49,82 +48,6 @@ class Engine(Protocol):
 
     def dismiss(self, worker: Any) -> None:
         """End a worker, whatever it does."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a worker needs before its first shard.
-
-    Attributes:
-        threads: that it computes with.
-        token: that lets it commit.
-    """
-
-    model: str
-    revision: str | None
-    dtype: str
-    device: str
-    threads: int
-    path: Path
-    identity: Identity
-    token: str
-    pad_id: int
-    batch_tokens: int
-
-
-class ShardActor:
-    """A worker: loads the backbone once and works through shards."""
-
-    _worker: ShardWorker
-
-    def place(self) -> str:
-        """The machine that it is on."""
-        return socket.gethostname()
-
-    def load(self, setup: Setup) -> None:
-        """Load the backbone. Raises what that raises, and for packages or weights of others."""
-        torch.set_num_threads(setup.threads)
-        here = f"worker on {self.place()}"
-        try:
-            _check_versions(setup.identity.versions)
-            backbone = load_backbone(
-                setup.model,
-                revision=setup.revision,
-                dtype=DTYPES[setup.dtype],
-                device=pick_device(setup.device),
-            )
-            backbone.require(setup.identity.backbone, str(setup.path))
-        except (InputError, StaleCacheError) as error:
-            raise type(error)(f"{here}: {error}") from error
-        spare_threads(backbone)
-        self._worker = ShardWorker(
-            setup.path,
-            setup.identity,
-            setup.token,
-            backbone,
-            pad_id=setup.pad_id,
-            batch_tokens=setup.batch_tokens,
-        )
-
-    def run(self, job: ShardJob) -> Done:
-        """Compute a shard and commit it. Raises what `ShardWorker` raises."""
-        begun = time.perf_counter()
-        receipt = self._worker.commit(job, self._worker.compute(job))
-        return Done(job.shard, receipt, time.perf_counter() - begun)
-
-
-def _check_versions(expected: Any) -> None:
-    """Raise InputError where this machine's packages are not those of the driver."""
-    for name, found in versions().items():
-        if found != expected[name]:
-            raise InputError(
-                explain(
-                    f"version of {name}",
-                    expected=f"{expected[name]}, as where the command runs",
-                    found=found,
-                    todo="Install the same packages on all machines.",
-                )
-            )
 
 
 @dataclass
@@ -171,9 +94,9 @@ class Workers:
     ) -> None:
         self._engine, self._setup, self._kind = engine, setup, kind
         self._cpus, self._gpus = cpus, gpus
-        # A shard is committed while the device computes the next one; a worker that computes on
+        # Shards are committed while the device computes the next one; a worker that computes on
         # its processor has none to spare.
-        self._depth = 2 if gpus else 1
+        self._depth = 1 + max(1, min(cpus, MOST_COMMITS)) if gpus else 1
         self._members = [self._hire() for _ in range(size)]
         self._since = time.monotonic()
 
@@ -213,7 +136,7 @@ class Workers:
             self._engine.dismiss(self._members.pop().worker)
 
     def _hire(self, failures: int = 0) -> _Member:
-        worker = self._engine.hire(self._kind, self._cpus, self._gpus)
+        worker = self._engine.hire(self._kind, self._cpus, self._gpus, self._depth)
         member = _Member(worker, failures=failures)
         member.calls[self._engine.call(worker, "place")] = None
         return member

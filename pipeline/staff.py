@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from sherl_pipe.cache import CacheWriter
 from sherl_pipe.cache.fence import admit
+from sherl_pipe.pipeline.actor import Setup
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.crew import Engine, Setup, employed, lost_error
+from sherl_pipe.pipeline.crew import Engine, employed, lost_error
 from sherl_pipe.pipeline.opening import Prepared
 from sherl_pipe.stages.crew import CrewExtractor
 from sherl_pipe.stages.extract import Extractor, pad_id

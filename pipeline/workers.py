@@ -199,11 +199,11 @@ def share(found: Sequence[Node], workers: int | None, device: str) -> Share:
     return Share(workers, cpus, int(on_gpu))
 
 
-def hire(kind: type, cpus: int, gpus: int) -> Any:
-    """An actor of `kind` on the cluster. It is not restarted, and none of its calls is repeated:
-    who hired it decides."""
+def hire(kind: type, cpus: int, gpus: int, calls: int) -> Any:
+    """An actor of `kind` on the cluster that works on so many calls at a time. It is not restarted,
+    and none of its calls is repeated: who hired it decides."""
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-    return ray.remote(kind).options(max_concurrency=1 + gpus, **options).remote()
+    return ray.remote(kind).options(max_concurrency=calls, **options).remote()
 
 
 def call(worker: Any, method: str, *arguments: Any) -> Any:

@@ -64,11 +64,18 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Done:
-    """A worker's answer: what it committed of which shard, and the seconds that it took."""
+    """A worker's answer.
+
+    Attributes:
+        receipt: what it committed of the shard.
+        worker: machine and process that did it.
+        commit_seconds: for compressing and writing.
+    """
 
     shard: int
     receipt: Records
-    seconds: float
+    worker: str
+    commit_seconds: float
 
 
 @dataclass(frozen=True)

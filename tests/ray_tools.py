@@ -15,7 +15,7 @@ from unittest.mock import patch
 from sherl_pipe.cache import StorageError
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline import crew, entry, staff
-from sherl_pipe.pipeline.crew import ShardActor
+from sherl_pipe.pipeline.actor import ShardActor
 from sherl_pipe.stages.shards import Done, ShardJob
 
 

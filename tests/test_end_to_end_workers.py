@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sherl_pipe.cache import FeatureCache, InputError, StaleCacheError
 from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.store import LocalStore
-from sherl_pipe.pipeline.crew import Setup, ShardActor
+from sherl_pipe.pipeline.actor import Setup, ShardActor
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.tokens import load_tokenizer
 
@@ -47,7 +47,7 @@ def prepared(folder: Path, family: str, tasks: tuple[str, ...], rows: int) -> li
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
-    """Options, and the cache that one process writes: 4 + 1 shards of the encoder, 2 + 1 of words."""
+    """Options, and the cache that one process writes: 5 shards of the encoder, 3 of words."""
     folder = tmp_path_factory.mktemp("t5")
     options = prepared(folder, "t5", ("colour",), 400)
     done("extract", *options, "--cache", folder / "cache")

@@ -28,7 +28,8 @@ from sherl_pipe.cache import (
 from sherl_pipe.cache import fence as fences
 from sherl_pipe.cache.fence import FENCE_NAME, admit, committing, shut
 from sherl_pipe.pipeline import crew as crews
-from sherl_pipe.pipeline.crew import Setup, WorkerDiedError, Workers, lost_error
+from sherl_pipe.pipeline.actor import Setup
+from sherl_pipe.pipeline.crew import WorkerDiedError, Workers, lost_error
 from sherl_pipe.stages.shards import Done, ShardJob
 
 SETUP: Any = Setup("m", None, "float32", "cpu", 1, Path("cache"), identity(), "token", 0, 64)
@@ -43,7 +44,7 @@ class FakeEngine:
         self.hired, self.dead = itertools.count(), set[int]()
         self.ran, self.together = list[int](), list[set[int]]()
 
-    def hire(self, kind: type, cpus: int, gpus: int) -> int:
+    def hire(self, kind: type, cpus: int, gpus: int, calls: int) -> int:
         return next(self.hired)
 
     def call(self, worker: int, method: str, *arguments: Any) -> int:
@@ -67,7 +68,7 @@ class FakeEngine:
         if method != "run":
             return None
         self.ran.append(job.shard)
-        return Done(job.shard, {}, 0.1)
+        return Done(job.shard, {}, "here:1", 0.1)
 
     def _dies(self, method: str, job: Any) -> bool:
         shard = -1 if method == "load" else job.shard
