@@ -9,11 +9,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 from sherl_pipe.cache import InputError, WorkerError
 from sherl_pipe.cache.errors import explain
@@ -84,9 +85,34 @@ def connect(
     Yields the machines of the cluster. Raises InputError for an odd address, WorkerError where no
     cluster answers or none can be started.
     """
-    if ray.is_initialized():
-        yield nodes()
-        return
+    with redirect_stdout(cast(IO[str], _WithoutRay(sys.stdout))):
+        if ray.is_initialized():
+            yield nodes()
+            return
+        _start(address, cpus, object_store_bytes)
+        try:
+            yield nodes()
+        finally:
+            ray.shutdown()
+
+
+class _WithoutRay:
+    """Standard output without what threads of Ray print, such as that a worker died."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return self._out.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
+
+
+def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> None:
+    """Join or start a cluster as `connect` says."""
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         arguments |= {
@@ -99,8 +125,11 @@ def connect(
         _probe(address)
         arguments["address"] = address
     before = _handlers()
+    ended = False
     try:
         ray.init(**arguments)
+    except SystemExit:
+        ended = True  # by Ray's own handler of SIGTERM, which came meanwhile
     except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
@@ -112,10 +141,9 @@ def connect(
         # Ray ends the process its own way on SIGTERM; the command has one that says how to go on.
         for number, handler in before.items():
             signal.signal(number, handler)
-    try:
-        yield nodes()
-    finally:
+    if ended:
         ray.shutdown()
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _handlers() -> dict[signal.Signals, Any]:

@@ -99,7 +99,9 @@ def test_a_poison_example_and_another_number_of_workers(
     argv = ("extract", *options, "--cache", path, "--workers", 2)
     with hired(deadly(poison)):
         refused(10, "colour/train hidden, shard 3", poison.hex(), "3 workers", argv=argv)
-    assert time.monotonic() - begun < 120
+    # Three times a worker's start; on a machine that others use, that many times longer.
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert time.monotonic() - begun < 120 * busy
     cache = FeatureCache.open(path)
     shards = FeatureCache.open(reference).stream("colour/train", "hidden").layout.shards
     assert cache.incomplete == {"colour/train/hidden": (shards - 1, shards)}
