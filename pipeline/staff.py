@@ -33,7 +33,7 @@ def staff_for(config: RunConfig) -> Iterator[Employ]:
     if wanted == "auto" and address is None:
         wanted = max(1, torch.cuda.device_count()) if config.device != "cpu" else 1
     if address is None and wanted in (None, 1):
-        yield _in_process
+        yield in_process
         return
     # Here and not above: most runs need no Ray, and it need not be installed.
     from sherl_pipe.pipeline import workers
@@ -44,7 +44,7 @@ def staff_for(config: RunConfig) -> Iterator[Employ]:
         what = "a GPU" if share.gpus else f"{share.cpus} threads"
         say(f"extract: {share.workers} workers on {len(machines)} machines, {what} each")
         options = {"size": share.workers, "cpus": share.cpus, "gpus": share.gpus}
-        yield partial(_with_workers, workers, options)
+        yield partial(with_workers, workers, options)
 
 
 def _settings(ready: Prepared, bars: Bars) -> dict[str, Any]:
@@ -58,14 +58,16 @@ def _settings(ready: Prepared, bars: Bars) -> dict[str, Any]:
 
 
 @contextmanager
-def _in_process(ready: Prepared, writer: CacheWriter, bars: Bars) -> Iterator[Extractor]:
+def in_process(ready: Prepared, writer: CacheWriter, bars: Bars) -> Iterator[Extractor]:
+    """This process alone."""
     yield Extractor(writer, ready.backbone, ready.tokenizer, **_settings(ready, bars))
 
 
 @contextmanager
-def _with_workers(
+def with_workers(
     engine: Engine, options: dict[str, int], ready: Prepared, writer: CacheWriter, bars: Bars
 ) -> Iterator[Extractor]:
+    """Workers that `engine` runs; `options` as those of `Workers`."""
     config, path = ready.config, ready.path.resolve()
     model = Path(config.model)
     setup = Setup(
