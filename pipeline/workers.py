@@ -131,6 +131,7 @@ def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> No
     except SystemExit:
         ended = True  # by Ray's own handler of SIGTERM, which came meanwhile
     except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+        ray.shutdown()  # of what had been started by then
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
             f"no Ray cluster {where} ({' '.join(str(error).split())[:200]}). "

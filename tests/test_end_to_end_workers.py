@@ -63,6 +63,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     return options, folder / "cache"
 
 
+def busy() -> float:
+    """How many times longer things take because others use the machine too."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def example_in(cache: Path, shard: int) -> bytes:
     """The id of an example in a shard of the training rows."""
     stream = next(iter(FeatureCache.open(cache).streams("colour/train").values()))
@@ -99,9 +104,7 @@ def test_a_poison_example_and_another_number_of_workers(
     argv = ("extract", *options, "--cache", path, "--workers", 2)
     with hired(deadly(poison)):
         refused(10, "colour/train hidden, shard 3", poison.hex(), "3 workers", argv=argv)
-    # Three times a worker's start; on a machine that others use, that many times longer.
-    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    assert time.monotonic() - begun < 120 * busy
+    assert time.monotonic() - begun < 120 * busy()  # three times a worker's start
     cache = FeatureCache.open(path)
     shards = FeatureCache.open(reference).stream("colour/train", "hidden").layout.shards
     assert cache.incomplete == {"colour/train/hidden": (shards - 1, shards)}
@@ -209,10 +212,11 @@ def test_a_stopped_run_leaves_nothing_running_and_is_gone_on_with(
     process.send_signal(number)
     if number == signal.SIGKILL:
         done("extract", *options, "--cache", path)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=300)
+    took = time.monotonic() - begun
     assert process.returncode == code, message
     if number != signal.SIGKILL:
-        assert time.monotonic() - begun < 5
+        assert took < 5 * busy()
         assert message.count("\n") == 1 and "run the same command again" in message
     assert_gone(family)
     if number != signal.SIGKILL:
