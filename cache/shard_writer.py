@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sherl_pipe.cache.arrays import ArraySpec
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.manifest import FileRecord, Records, StreamFiles, read_receipt, receipt_key
-from sherl_pipe.cache.schema import Identity, seal, stream_kind
+from sherl_pipe.cache.schema import Identity, seal
 from sherl_pipe.cache.store import LocalStore
 
 
@@ -21,7 +21,7 @@ def stream_files(
     identity: Identity, split: str, stream: str, counts: Mapping[str, int]
 ) -> StreamFiles:
     """The files of a stream of a cache with the `layout` counts of its plan."""
-    spec = identity.streams[stream_kind(stream)]
+    spec = identity.spec(stream)
     return StreamFiles.of(f"{split}/{stream}", spec, identity.codec, counts)
 
 

@@ -78,7 +78,7 @@ def with_workers(
         device="cuda" if options["gpus"] else "cpu",
         threads=max(1, options["cpus"]),
         path=path,
-        identity=ready.identity,
+        identity=writer.identity,
         token=admit(path),
         pad_id=pad_id(ready.tokenizer),
         batch_tokens=config.extract.batch_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sherl_pipe.cache import Stream, StreamWriter
@@ -65,6 +66,9 @@ class CrewExtractor(Extractor):
 
         def job(shard: int) -> ShardJob:
             members = layout.members(shard)
+            chosen = None
+            if tokens is not None:
+                chosen = replace(tokens, inputs=[tokens.inputs[member] for member in members])
             return ShardJob(
                 out.split,
                 out.stream,
@@ -72,7 +76,7 @@ class CrewExtractor(Extractor):
                 summary(layout),
                 tuple(ids[member] for member in members),
                 layout.index[members, 2],
-                None if tokens is None else tuple(tokens.inputs[member] for member in members),
+                chosen,
                 tree,
             )
 

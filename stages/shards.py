@@ -19,7 +19,6 @@ from sherl_pipe.cache import FeatureCache, Identity, StreamSpec
 from sherl_pipe.cache.fence import committing
 from sherl_pipe.cache.layout import Layout, same_shards
 from sherl_pipe.cache.manifest import Records
-from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
@@ -37,7 +36,8 @@ class ShardJob:
         counts: the layout's numbers, as the stream's plan has them.
         ids: of its examples, in the order of their rows.
         rows: of each example, `int64 [examples]`.
-        inputs: token ids of each; None for label words, whose encoder states are in the cache.
+        inputs: what the backbone reads of each; None for label words, whose encoder states are in
+            the cache.
         tree: the label words' prefix tree as JSON.
     """
 
@@ -47,7 +47,7 @@ class ShardJob:
     counts: Mapping[str, int]
     ids: tuple[bytes, ...]
     rows: npt.NDArray[np.int64]
-    inputs: tuple[dict[str, npt.NDArray[np.int64]], ...] | None = None
+    inputs: Tokens | None = None
     tree: Mapping[str, Any] | None = None
 
     @property
@@ -128,13 +128,13 @@ class ShardWorker:
     ) -> None:
         self._path, self._identity, self._token = path, identity, token
         self._backbone, self._pad_id, self._batch_tokens = backbone, pad_id, batch_tokens
-        self._main: MainPass | None = None
+        self._main: tuple[str, MainPass] | None = None
         self._words: tuple[tuple[str, str], WordsPass, Layout] | None = None
         self._one_at_a_time = threading.Lock()
 
     def compute(self, job: ShardJob) -> ShardBuffer:
         """The coded rows of a shard. Raises NonFiniteError, CorruptCacheError."""
-        spec = self._identity.streams[stream_kind(job.stream)]
+        spec = self._identity.spec(job.stream)
         buffer = ShardBuffer(self._identity.codec, spec, int(job.rows.sum()), self._backbone.device)
         with self._one_at_a_time:
             for batch in self._states(job, spec):
@@ -157,13 +157,14 @@ class ShardWorker:
         if job.inputs is None:
             words, layout = self._words_pass(job, spec)
             return words.states(job.shard, layout)
-        tokens = Tokens(list(job.inputs), 0)
-        if self._main is None:
-            self._main = MainPass(
-                self._backbone, job.stream, spec, tokens, self._pad_id, self._batch_tokens
+        if self._main is None or self._main[0] != job.stream:
+            stream = self._backbone.family.main
+            made = MainPass(
+                self._backbone, stream, spec, job.inputs, self._pad_id, self._batch_tokens
             )
-        self._main.tokens = tokens
-        return self._main.states(job.shard, job.layout())
+            self._main = job.stream, made
+        self._main[1].tokens = job.inputs
+        return self._main[1].states(job.shard, job.layout())
 
     def _words_pass(self, job: ShardJob, spec: StreamSpec) -> tuple[WordsPass, Layout]:
         """The pass over the label words of a split; that of the last job where it is the same."""
