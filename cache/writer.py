@@ -11,6 +11,7 @@ from typing import Any
 from sherl_pipe.cache import labels as label_files
 from sherl_pipe.cache.added import declare, stored_identity
 from sherl_pipe.cache.arrays import group_metadata
+from sherl_pipe.cache.fence import shut
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.lock import write_lock
@@ -44,6 +45,7 @@ class CacheWriter:
         root = Path(path)
         with write_lock(root):
             store = LocalStore(root)
+            shut(root)
             store.remove_partials()
             found = stored_identity(store)
             if found is not None:

@@ -45,7 +45,10 @@ class DataConfig(Section):
 
 
 class ExtractConfig(Section):
-    """Stage one. `template` None is `task` for text-to-text models and `neutral` for encoders."""
+    """Stage one. `template` None is `task` for text-to-text models and `neutral` for encoders.
+
+    `workers` None is this process alone, or `auto` where there is a `ray_address`.
+    """
 
     codec: Literal["float32", "bfloat16", "int8", "int4"] = "int8"
     taps: Literal["paper", "all"] | tuple[Integer, ...] = "paper"
@@ -54,6 +57,7 @@ class ExtractConfig(Section):
     batch_tokens: Positive = 4096
     shard_mib: Positive = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    workers: Positive | Literal["auto"] | None = None
 
 
 class TuneConfig(Section):
@@ -84,12 +88,17 @@ class TuneConfig(Section):
 
 
 class RunConfig(Section):
-    """Both stages. `cache` None is `./cache/<name of the data>`."""
+    """Both stages.
+
+    `cache` None is `./cache/<name of the data>`; `ray_address` None starts a Ray cluster on this
+    machine where more than one worker is asked for.
+    """
 
     model: str = "demo"
     revision: str | None = None
     device: str = "auto"
     cache: Path | None = None
+    ray_address: str | None = None
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
     tune: TuneConfig = TuneConfig()

@@ -72,7 +72,7 @@ MEMORY_BUDGET = click.option(
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
 )
 
-EXTRACT = [
+_FEATURES = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
     click.option(
@@ -125,6 +125,32 @@ EXTRACT = [
     ),
     DEVICE,
 ]
+
+
+def _count(_: Any, __: Any, text: str | None) -> int | str | None:
+    """A number of workers. Raises BadParameter."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"expected a number from 1 on, or auto, found {text!r}")
+    return int(text)
+
+
+WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, each with a GPU or a share of the processors; auto: one for each "
+    "GPU, or machine without any, of the cluster.  [default: this process alone; auto with "
+    "--ray-address]",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    help="Ray cluster to join: host:port, or auto for the one on this machine.  [default: where "
+    "workers are asked for, one is started on this machine for the time]",
+)
+
+EXTRACT = [*_FEATURES, WORKERS, RAY_ADDRESS]
 
 TUNE = [
     CACHE,
@@ -190,7 +216,7 @@ TUNE = [
 ]
 
 PLAN = [
-    *EXTRACT,
+    *_FEATURES,
     METHOD,
     PRESET,
     REDUCTION,
@@ -214,6 +240,7 @@ def extract_values(options: dict[str, Any]) -> dict[str, Any]:
     names = "source", "tasks", "text_columns", "image_column", "label_column", "target_column"
     data = {key: rest.pop(key) for key in (*names, "limit")}
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
+    whole["ray_address"] = rest.pop("ray_address", None)
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
 
 

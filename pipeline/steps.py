@@ -34,6 +34,7 @@ from sherl_pipe.pipeline.opening import (
 from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
+from sherl_pipe.pipeline.staff import staff_for
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report
 from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
@@ -53,39 +54,39 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     """Stage one: features, labels and label words of every split. Resumes.
 
     Raises what loading, extraction and storage raise; StorageError before anything is written
-    where the disk cannot hold it.
+    where the disk cannot hold it; WorkerError for shards that kill their workers, after all others
+    are done.
     """
-    ready = prepare(config, bars)
-    path, identity = ready.path, ready.identity
-    say(_before_extract(ready))
-    say_what_is_added(path, identity)
-    require_space(ready, bars)
-    reports = []
-    with CacheWriter.open(path, identity) as writer:
-        extractor = Extractor(
-            writer,
-            ready.backbone,
-            ready.tokenizer,
-            batch_tokens=config.extract.batch_tokens,
-            shard_bytes=config.extract.shard_mib << 20,
-            progress=bars,
-            announce=say,
-        )
-        known = held_examples(path)
-        for source in ready.sources:
-            reports += extractor.split(source, ready.templates[source.name], known)
-        for table in ready.tables:
-            changed = writer.write_labels(table)
-            if changed:
-                say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
-        if ready.backbone.family.seq2seq:
-            reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
-        else:
-            reports += _extract_continuations(extractor, FeatureCache.open(path), ready)
-        where = {"path": str(path), "identity": writer.identity.fingerprint()}
-        write_record(path, config.model_dump(mode="json"), where, name=RECORD)
+    with staff_for(config) as employ:
+        ready = prepare(config, bars)
+        path, identity = ready.path, ready.identity
+        say(_before_extract(ready))
+        say_what_is_added(path, identity)
+        require_space(ready, bars)
+        with CacheWriter.open(path, identity) as writer:
+            with employ(ready, writer, bars) as extractor:
+                reports = _extract_all(ready, writer, extractor)
+            where = {"path": str(path), "identity": writer.identity.fingerprint()}
+            write_record(path, config.model_dump(mode="json"), where, name=RECORD)
     say_what_is_left(FeatureCache.open(path))
     return reports
+
+
+def _extract_all(ready: Prepared, writer: CacheWriter, extractor: Extractor) -> list[Report]:
+    """Features, labels and label words."""
+    known = held_examples(ready.path)
+    reports = []
+    for source in ready.sources:
+        reports += extractor.split(source, ready.templates[source.name], known)
+    for table in ready.tables:
+        changed = writer.write_labels(table)
+        if changed:
+            say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
+    if all(report.lost for report in reports):
+        return reports
+    if ready.backbone.family.seq2seq:
+        return reports + _extract_words(extractor, FeatureCache.open(ready.path), whole=True)
+    return reports + _extract_continuations(extractor, FeatureCache.open(ready.path), ready)
 
 
 def _extract_words(

@@ -131,6 +131,7 @@ class Report:
     Attributes:
         reused: examples whose text another split already holds.
         done_before: shards that were committed by an earlier run.
+        lost: shards that killed every worker that tried them.
     """
 
     split: str
@@ -142,6 +143,7 @@ class Report:
     shards: int = 0
     done_before: int = 0
     bytes_written: int = 0
+    lost: int = 0
 
 
 class Extractor:
@@ -197,10 +199,8 @@ class Extractor:
             out = self.writer.stream(source.name, part, ids, layout, notes)
             report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
             if out.pending():
-                pad = pad_id(self.tokenizer)
-                pass_ = MainPass(self.backbone, stream, out.spec, tokens, pad, self.batch_tokens)
-                self._run(out, layout, ids, pass_.states, report)
-            out.finish()
+                self._extract_main(out, layout, ids, tokens, report)
+            self._finish(out)
             reports.append(report)
         return reports
 
@@ -219,9 +219,8 @@ class Extractor:
             out = self.writer.stream(split, part, ids, layout, {"tree": tree.to_json()})
             report = self._report(out, layout)
             if out.pending():
-                pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
-                self._run(out, layout, ids, pass_.states, report)
-            out.finish()
+                self._extract_words(out, layout, ids, encoder, tree, report)
+            self._finish(out)
             reports.append(report)
         return reports
 
@@ -283,6 +282,28 @@ class Extractor:
             self.batch_tokens,
         ).states
 
+    def _extract_main(
+        self, out: StreamWriter, layout: Layout, ids: list[bytes], tokens: Tokens, report: Report
+    ) -> None:
+        pad, stream = pad_id(self.tokenizer), self.backbone.family.main
+        pass_ = MainPass(self.backbone, stream, out.spec, tokens, pad, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _extract_words(
+        self,
+        out: StreamWriter,
+        layout: Layout,
+        ids: list[bytes],
+        encoder: Stream,
+        tree: PrefixTree,
+        report: Report,
+    ) -> None:
+        pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _finish(self, out: StreamWriter) -> None:
+        out.finish()
+
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
         return Report(
@@ -295,6 +316,15 @@ class Extractor:
             **counts,
         )
 
+    def _say_what(
+        self, out: StreamWriter, layout: Layout, pending: Sequence[int]
+    ) -> tuple[str, int]:
+        """Announce what is to be done; its name and its tokens."""
+        what, total = f"{out.split} {out.stream}", sum(map(layout.used_rows, pending))
+        need = total * token_bytes(self.identity.codec, out.spec)
+        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        return what, total
+
     def _run(
         self,
         out: StreamWriter,
@@ -304,12 +334,8 @@ class Extractor:
         report: Report,
     ) -> None:
         """Compute pending shards; a thread encodes and commits each while the next one runs."""
-        pending = out.pending()
-        total = sum(layout.used_rows(shard) for shard in pending)
-        done = 0
-        what = f"{out.split} {out.stream}"
-        need = total * token_bytes(self.identity.codec, out.spec)
-        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        pending, done = out.pending(), 0
+        what, total = self._say_what(out, layout, pending)
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             committing: Future[int] | None = None
             for shard in pending:

@@ -106,19 +106,19 @@ class MainPass:
         self._recorder = TapRecorder(blocks_of(model, backbone.family, stream), spec.taps)
         whole = not backbone.family.seq2seq
         self._model = model if whole else stack_of(model, backbone.family, stream)
-        self._device, self._spec, self._tokens = backbone.device, spec, tokens
+        self._device, self._spec, self.tokens = backbone.device, spec, tokens
         self._pad_id, self._batch_tokens = pad_id, batch_tokens
 
     @torch.inference_mode()
     def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
         members = layout.members(shard)
-        for batch in token_batches(members, self._tokens.lengths, self._batch_tokens):
+        for batch in token_batches(members, self.tokens.lengths, self._batch_tokens):
             yield self.of(batch)
 
     def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
         """`[K, n, d]` of some examples, in one forward pass."""
-        inputs = self._tokens.batch(examples.tolist(), self._pad_id)
+        inputs = self.tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
         states = [self._recorder.states[tap].flatten(0, 1) for tap in self._spec.taps]
