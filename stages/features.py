@@ -180,6 +180,14 @@ class FeatureSource:
             batches += [cut[number] for number in shared.permutation(len(cut))]
         return batches
 
+    def part(self, rows: Ints, rank: int, size: int) -> Ints:
+        """A team member's part of a batch's rows: as many as any other's, or one more or less.
+
+        Rows are dealt by shard, so that each member reads few of a window's shards.
+        """
+        ordered = rows[np.argsort(self._unit[rows], kind="stable")]
+        return np.array_split(ordered, size)[rank]
+
     def in_order(self, batch_size: int) -> list[Ints]:
         """All rows once, shard after shard: for evaluation."""
         main = next(iter(self.readings))

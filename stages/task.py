@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
 from sherl_pipe.stages.methods import find_method
@@ -61,6 +63,17 @@ class Task:
         spread = float(numbers.std()) if self.spec.kind == "regression" else 1.0
         mean = float(numbers.mean()) if self.spec.kind == "regression" else 0.0
         self.scaling = (mean, spread or 1.0)
+
+    @property
+    def rows(self) -> list[Any]:
+        """Roles, ids and labels of its two tables, as JSON."""
+        tables = self.train, self.held_out
+        return [(each.role, [i.hex() for i in each.ids], list(each.labels)) for each in tables]
+
+    @cached_property
+    def key(self) -> str:
+        """Names what scores of the task are about: its features, rows and labels."""
+        return hash_json([self.cache.identity.fingerprint(), self.rows])
 
     @property
     def outputs(self) -> int:

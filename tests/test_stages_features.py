@@ -280,7 +280,7 @@ def test_training_sees_every_row_once_an_epoch(
         seen.extend(row for batch in batches for row in batch.rows.tolist())
         return train_step(tuners, batches, *rest)
 
-    monkeypatch.setattr(pack, "train_step", note)
+    monkeypatch.setattr(group, "train_step", note)
     source = sources(world, 0)
 
     def uneven(size: int) -> bool:
