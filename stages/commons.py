@@ -1,9 +1,9 @@
 """Coded rows in memory that the processes of a host share: each shard is read from the cache once.
 
 The rows lie in a file of the system's memory file system, mapped read-only by everybody. Whoever
-needs a shard first reads it, under a lock of that shard, and leaves a checksum; the others check it.
-The last process that uses the file removes it. What a crash has left behind is removed by whoever
-shares next: every user holds a lock, which dies with it.
+needs a shard first reads it, under a lock of that shard, and leaves a checksum, which the others
+check. The last process that uses the file removes it. What a crash has left behind is removed by
+whoever shares next: every user holds a lock, which dies with it.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def clear(home: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             continue
         with suppress(OSError):
-            _remove_unused(folder, os.open(folder / _USERS, os.O_RDWR | os.O_CLOEXEC))
+            _leave(folder, os.open(folder / _USERS, os.O_RDWR | os.O_CLOEXEC))
 
 
 def _home(place: Path) -> Path | None:
@@ -184,11 +184,7 @@ def _enter(folder: Path) -> int:
 
 
 def _leave(folder: Path, user: int) -> None:
-    _remove_unused(folder, user)
-
-
-def _remove_unused(folder: Path, user: int) -> None:
-    """Remove a folder, unless somebody else uses it; `user` is closed."""
+    """Be a user no more: remove the folder, unless somebody else uses it; `user` is closed."""
     try:
         # Not an upgrade of a shared lock: two that leave at once would each see the other.
         fcntl.flock(user, fcntl.LOCK_UN)

@@ -9,7 +9,7 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 
-RESIDENCIES = ("auto", "device", "host", "shared", "stream")
+RESIDENCIES = ("auto", "device", "host", "stream")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Home:
     """Where coded rows live.
 
     Attributes:
-        kind: `device`, `host`, `shared` or `stream`.
+        kind: `device`, `host` or `stream`.
         size: bytes of the coded rows, all shards together.
         room: bytes that there were for them: on the device, else in host memory.
         device: which trains.
@@ -32,7 +32,6 @@ class Home:
         where = {
             "device": f"in the memory of {self.device}",
             "host": "in host memory",
-            "shared": "in host memory, shared",
             "stream": "streamed",
         }
         size, room = in_bytes(self.size), in_bytes(self.room)

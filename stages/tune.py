@@ -41,7 +41,8 @@ class Tuner:
         task: what to learn.
         settings: how.
         folder: where the adapter, and checkpoints on the way, are written.
-        budget, residency, readers: of features, as for `FeatureSource`. They change no result.
+        budget, residency, readers, shared: of features, as for `FeatureSource`. They change no
+            result.
     """
 
     def __init__(
@@ -53,9 +54,12 @@ class Tuner:
         budget: int,
         residency: str = "auto",
         readers: int | None = None,
+        shared: bool = False,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, folder
-        home = partial(FeatureSource, budget=budget, residency=residency, readers=readers)
+        home = partial(
+            FeatureSource, budget=budget, residency=residency, readers=readers, shared=shared
+        )
         self._features = partial(home, task.cache, device=task.backbone.device)
         self.spec = task.route_spec(settings)
         method, backbone = find_method(settings.method), task.backbone
