@@ -217,12 +217,17 @@ def read_manifest(store: LocalStore, base: str) -> tuple[Mapping[str, Any], Reco
         return plan, _records(body, path)
 
 
+def receipt_key(base: str, shard: int) -> str:
+    """Key of the receipt of a shard of the stream at `base`."""
+    return f"{base}/{RECEIPTS}/{shard}.json"
+
+
 def read_receipt(store: LocalStore, files: StreamFiles, shard: int) -> Records:
     """The files of a committed shard.
 
     Raises CorruptCacheError, UnsafeError, and FileNotFoundError where there is none.
     """
-    key = f"{files.base}/{RECEIPTS}/{shard}.json"
+    key = receipt_key(files.base, shard)
     data, path = store.read(key), str(store.path(key))
     with hint("Delete it and run the same command again: it does that shard anew."):
         body = unseal(data, path)

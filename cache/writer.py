@@ -10,6 +10,7 @@ from typing import Any
 from sherl_pipe.cache import labels as label_files
 from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.errors import InputError, explain
+from sherl_pipe.cache.fence import shut
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.lock import write_lock
@@ -39,6 +40,7 @@ class CacheWriter:
         root = Path(path)
         with write_lock(root):
             store = LocalStore(root)
+            shut(root)
             store.remove_partials()
             if store.exists(METADATA):
                 read_root(store)[0].require(identity, str(root))
