@@ -59,6 +59,18 @@ MEMORY_BUDGET = click.option(
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
 )
 
+WORKERS = click.option(
+    "--workers",
+    metavar="N",
+    help="Ray workers, or auto: one for each GPU, or machine without any. Several tunings are "
+    "spread over them; one alone is trained by all of them.  [default: this process, without Ray]",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="Of a Ray cluster, or auto for this machine's.  [default: started for the workers]",
+)
+
 EXTRACT = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
@@ -161,6 +173,11 @@ TUNE = [
         help="Threads that read shards.  [default: one for two processors, at most 4]",
     ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
+    WORKERS,
+    click.option(
+        "--retries", type=click.IntRange(0), default=3, help="Of a pass that loses its worker."
+    ),
+    RAY_ADDRESS,
     DEVICE,
     JSON,
 ]
@@ -202,3 +219,18 @@ def _taps(text: str) -> str | tuple[int, ...]:
         raise click.BadParameter(
             f"expected paper, all, or numbers such as 0,4,8, found {text!r}", param_hint="--taps"
         ) from error
+
+
+def workers(text: str | None) -> int | str | None:
+    """What WORKERS gives, as `RunConfig` has it."""
+    if text is None or text == "auto":
+        return text
+    try:
+        found = int(text)
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise click.BadParameter(
+            f"expected a number from 1 on, or auto, found {text!r}", param_hint="--workers"
+        )
+    return found

@@ -91,6 +91,11 @@ class FeatureSource:
         streamed = f"{WINDOW} shards at a time, " if self.home.kind == "stream" else "read "
         return f"{self.home}{shared}, {streamed}{by}"
 
+    def claim(self) -> None:
+        """Have memory for features that stay now, instead of when the first batch needs it."""
+        if self.home.kind != "stream":
+            self._shelf([])
+
     def preload(self) -> None:
         """Bring features that stay into memory now, instead of when batches need them."""
         if self.home.kind != "stream":
