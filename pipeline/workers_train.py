@@ -45,7 +45,7 @@ def train_together(work: Work, bars: Bars) -> Sequence[Ended]:
     Returns what its tunings came to; a WorkerError for each where workers were lost too often.
     Raises what training raises; InputError, WorkerError without a cluster that fits.
     """
-    config, (job,) = work.config, work.jobs
+    config = work.config
     wanted = config.tune.workers if isinstance(config.tune.workers, int) else None
     notes = config.tune.out.resolve() / NOTES
     shutil.rmtree(notes, ignore_errors=True)

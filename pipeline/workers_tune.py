@@ -97,8 +97,9 @@ def _run(
         ),
     )
     errors: list[SherlPipeError] = []
-    for result in tuner.fit():
-        job = work.jobs[result.config["job"]]
+    results = tuner.fit()
+    for result in (results[place] for place in range(len(results))):
+        job = work.jobs[(result.config or {})["job"]]
         if result.error is not None:
             error = WorkerError(
                 f"the worker died {work.config.tune.retries + 1} times in the pass of "
@@ -106,13 +107,13 @@ def _run(
                 "command again to go on."
             )
             ended(job, [error] * len(job))
-        elif "error" in (result.metrics or {}):
+        elif result.metrics and "error" in result.metrics:
             errors.append(error_of(result.metrics["error"]))
     if errors:
         raise errors[0]
 
 
-class _Told(Callback):  # type: ignore[misc]
+class _Told(Callback):
     """Tells how passes go, and records those that end."""
 
     def __init__(
