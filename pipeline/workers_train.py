@@ -24,6 +24,7 @@ from sherl_pipe.pipeline.passes import outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Work
 from sherl_pipe.pipeline.workers import Share, connect, share
 from sherl_pipe.pipeline.workers_tune import describe, error_of, error_text, job_of, opened
+from sherl_pipe.stages.commons import clear_all
 from sherl_pipe.stages.team import Team
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -57,6 +58,8 @@ def train_together(work: Work, bars: Bars) -> Sequence[Ended]:
         return _outcomes(work, notes)
     finally:
         shutil.rmtree(notes, ignore_errors=True)
+        # Workers are ended, and have not tidied up.
+        clear_all(patience=5.0)
 
 
 def _fit(work: Work, each: Share, notes: Path) -> None:

@@ -22,6 +22,7 @@ from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.passes import Asked, Passes, outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Job, Work
 from sherl_pipe.pipeline.workers import Share, connect, share
+from sherl_pipe.stages.commons import clear_all
 from sherl_pipe.stages.halving import Halving
 from sherl_pipe.stages.settings import TuneSettings
 
@@ -72,6 +73,8 @@ def train_apart(work: Work, bars: Bars, ended: Callable[[Job, Sequence[Ended]], 
             _run(work, each, notes, bars, ended)
     finally:
         shutil.rmtree(notes, ignore_errors=True)
+        # Workers are ended, and have not tidied up.
+        clear_all(patience=5.0)
 
 
 def _run(

@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 import warnings
 import weakref
 import zlib
@@ -146,14 +147,24 @@ class Commons:
         return block[:, start : start + int(rows[shard])]
 
 
-def clear(home: Path) -> None:
-    """Remove what nobody uses any more."""
+def clear_all(patience: float = 0.0) -> None:
+    """Remove what nobody uses any more, wherever it is; wait so many seconds for the last users,
+    such as workers that are being ended."""
+    until = time.monotonic() + patience
+    homes = [place / f"{FOLDER}-{os.getuid()}" for place in PLACES]
+    while any(home.is_dir() and clear(home) for home in homes) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def clear(home: Path) -> int:
+    """Remove what nobody uses any more; returns how much is left."""
     for folder in home.iterdir():
         if folder.suffix == ".gone":
             shutil.rmtree(folder, ignore_errors=True)
             continue
         with suppress(OSError):
             _leave(folder, os.open(folder / _USERS, os.O_RDWR | os.O_CLOEXEC))
+    return len(list(home.iterdir()))
 
 
 def _home(place: Path) -> Path | None:
