@@ -36,10 +36,8 @@ def work(mib: int, *, shared: bool) -> None:
     import torch
     from sherl_pipe.stages.backbone import load_backbone
     from sherl_pipe.stages.commons import Commons
-    from sherl_pipe.stages.demo.data import demo_model
     from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
 
-    backbone = load_backbone(str(demo_model()))
     rows = np.full(SHARDS, (mib << 20) // (SHARDS * 1024), np.int64)
     forms = {"hidden": Form(1, 1024, 0, rows)}
 
