@@ -38,6 +38,7 @@ def work(mib: int, *, shared: bool) -> None:
     from sherl_pipe.stages.commons import Commons
     from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
 
+    backbone = load_backbone("demo")
     rows = np.full(SHARDS, (mib << 20) // (SHARDS * 1024), np.int64)
     forms = {"hidden": Form(1, 1024, 0, rows)}
 

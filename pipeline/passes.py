@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sherl_pipe.cache import FeatureCache, NonFiniteError
+from sherl_pipe.pipeline.added import specs_of
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import method_settings, parse_bytes
@@ -68,11 +69,11 @@ class Passes:
         self._config, self._bars, self._model = config, bars, model
         self._shared, self._halving, self._team = shared, halving, team
         self._budget = parse_bytes(config.tune.memory_budget)
-        self._streams = FeatureCache.open(config.cache_path).identity.streams
+        self._streams = specs_of(FeatureCache.open(config.cache_path), config.tune.tasks)
         self._opened: tuple[Any, Opened] | None = None
         self._last: Pack | None = None
 
-    def open(self, method: str, late: int | None, loss: str) -> Opened:
+    def open(self, method: str, late: int | None, loss: str | None) -> Opened:
         """The cache with the part of the backbone that tunings run; kept until another is needed.
 
         Raises what `open_for_tuning` raises.
@@ -82,8 +83,8 @@ class Passes:
 
         change = {"method": method, "late": late, "loss": loss}
         tune = self._config.tune.model_copy(update=change)
-        found = method_settings(tune, self._streams)["late"]
-        key = (sorted(find_method(method).late_blocks(found).items()), loss)
+        found = method_settings(tune, self._streams)
+        key = sorted(find_method(method).late_blocks(found["late"]).items()), found["loss"]
         if self._opened is None or self._opened[0] != key:
             self._opened = self._last = None
             config = self._config.model_copy(update={"tune": tune})

@@ -8,6 +8,11 @@ from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, TaskSpec
 from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.pipeline.added import (
+    say_what_is_added,
+    say_what_is_left,
+    specs_of,
+)
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import (
@@ -24,10 +29,11 @@ from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.part import load_part
-from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
+from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.words import tokens_of
 
 
@@ -37,9 +43,10 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     Raises what loading, extraction and storage raise; StorageError before anything is written
     where the disk cannot hold it.
     """
-    ready = prepare(config)
+    ready = prepare(config, bars)
     path, identity = ready.path, ready.identity
     say(_before_extract(ready))
+    say_what_is_added(path, identity)
     require_space(ready, bars)
     reports = []
     with CacheWriter.open(path, identity) as writer:
@@ -54,22 +61,26 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         )
         known = held_examples(path)
         for source in ready.sources:
-            reports.append(extractor.split(source, ready.templates[source.name], known))
+            reports += extractor.split(source, ready.templates[source.name], known)
         for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
-            reports += _extract_words(extractor, FeatureCache.open(path))
-        where = {"path": str(path), "identity": identity.fingerprint()}
+            reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
+        where = {"path": str(path), "identity": writer.identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
+    say_what_is_left(FeatureCache.open(path))
     return reports
 
 
-def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
-    return [extractor.words(cache, split, tree) for split, tree in missing]
+def _extract_words(
+    extractor: Extractor, cache: FeatureCache, *, whole: bool = False
+) -> list[Report]:
+    """Decoder states that label words still lack, from the cached encoder; with `whole`, those of
+    added taps too."""
+    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start, whole=whole)
+    return [each for split, tree in missing for each in extractor.words(cache, split, tree)]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -99,7 +110,7 @@ def open_for_tuning(
     """
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path)
-    own = method_settings(config.tune, cache.identity.streams)
+    own = method_settings(config.tune, specs_of(cache, config.tune.tasks))
     late = find_method(config.tune.method).late_blocks(own["late"])
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
@@ -107,16 +118,17 @@ def open_for_tuning(
     # The late route trains in float32 whatever the features were computed in.
     load_whole = partial(load_backbone, name, revision=revision, device=device)
     if whole:
-        backbone, tokenizer = load_whole(), load_tokenizer(name, revision)
+        backbone, tokenizer = load_whole(), load_preprocessor(name, revision)
     else:
-        tokenizer = load_tokenizer(name, revision)
+        tokenizer = load_preprocessor(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        tokens = tokens_of(words, tokenizer) if config.tune.loss == "words" else None
+        scored = "decoder" in cache.identity.streams and own["loss"] == "words"
+        tokens = tokens_of(words, tokenizer) if scored else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.
         full = backbone if backbone.whole else load_whole()
@@ -131,6 +143,6 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
     """What refuses label words that the cache's tokenizer cannot tell apart."""
     name = model or str(cache.identity.backbone["name"])
     tokenizer = load_tokenizer(name, cache.identity.backbone.get("revision"))
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
 
     return lambda task, spec: check_words(task, spec, tokenizer)

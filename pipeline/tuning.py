@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from sherl_pipe.cache import InputError, NonFiniteError, WorkerError
+from sherl_pipe.pipeline.added import naming_the_extraction, specs_of
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.opening import check_folder, parse_bytes, tunings
@@ -96,7 +98,7 @@ def run_tunings(
             folder = tune.out / task / settings.name
             # An interruption may have come between the two files.
             if isinstance(outcome, TuneResult) and not (folder / "run.json").is_file():
-                write_record(folder, config.model_dump(mode="json"), where)
+                write_record(folder, _resolved(config, settings), where)
 
     work = Work(config, model, jobs, halving, parse_bytes(tune.memory_budget))
     if workers:
@@ -120,7 +122,7 @@ def _spread(work: Work, bars: Bars, ended: Callable[[Job, Sequence[Ended]], None
     train_apart(work, bars, ended)
 
 
-def _asked(passes: Passes, config: RunConfig, variants: Sequence[TuneConfig]) -> Iterator[Asked]:
+def _asked(passes: Passes, config: RunConfig, variants: Sequence[TuneConfig]) -> list[Asked]:
     """Every tuning. Raises InputError for settings that do not fit the backbone or the cache."""
     tune = config.tune
     opened = passes.open(tune.method, tune.late, tune.loss)
@@ -130,9 +132,21 @@ def _asked(passes: Passes, config: RunConfig, variants: Sequence[TuneConfig]) ->
         raise InputError(
             f"{cache.path} has no labels. Attach some with `sherl-pipe label --cache {cache.path}`."
         )
+    found: list[Asked] = []
     for variant in variants:
         own = config.model_copy(update={"tune": variant})
-        for name in dict.fromkeys(names):
-            for settings in tunings(own, backbone.family, cache.identity.streams):
-                opened.task(name).route_spec(settings)
-                yield name, settings
+        with naming_the_extraction(cache.path):
+            for name in dict.fromkeys(names):
+                for settings in tunings(own, backbone.family, specs_of(cache, names)):
+                    _ = opened.task(name).route_spec(settings)
+                    found.append((name, settings))
+    return found
+
+
+def _resolved(config: RunConfig, settings: TuneSettings) -> dict[str, Any]:
+    """The config as JSON, with what a tuning's method, preset and sweep made of it."""
+    body = config.model_dump(mode="json")
+    chosen = {name: value for name, value in asdict(settings).items() if name in body["tune"]}
+    for name in ("lr", "seed"):
+        chosen[name] = [chosen[name]]
+    return {**body, "tune": {**body["tune"], **chosen}}

@@ -19,6 +19,9 @@ from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
+# Tokens that are encoded at once on a processor: a tap of them stays in its cache.
+BLOCK = 256
+
 
 class ShardBuffer:
     """The coded rows of one shard, copied from the device as they come."""
@@ -38,13 +41,15 @@ class ShardBuffer:
 
     def add(self, states: Tensor) -> None:
         """Encode `[K, n, d]` on its device and copy it here without waiting."""
-        rows = slice(self._filled, self._filled + states.shape[1])
-        self._filled = rows.stop
-        self._bad[:, rows] = quantize.overflowed(self._codec, states)
-        codes, scales = quantize.encode(self._codec, states)
-        self._codes[:, rows].copy_(codes, non_blocking=True)
-        if scales is not None:
-            self._scales[:, rows].copy_(scales, non_blocking=True)
+        size = BLOCK if self._device.type == "cpu" else states.shape[1]
+        for block in states.split(size, dim=1):
+            rows = slice(self._filled, self._filled + block.shape[1])
+            self._filled = rows.stop
+            self._bad[:, rows] = quantize.overflowed(self._codec, block)
+            codes, scales = quantize.encode(self._codec, block)
+            self._codes[:, rows].copy_(codes, non_blocking=True)
+            if scales is not None:
+                self._scales[:, rows].copy_(scales, non_blocking=True)
 
     def check(self, what: str, shard: int, layout: Layout, ids: Sequence[bytes]) -> None:
         """Raise NonFiniteError naming tap and examples; wait for the copies."""
@@ -115,8 +120,10 @@ class MainPass:
         inputs = self._tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
-        places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
         states = [self._recorder.states[tap].flatten(0, 1) for tap in self._spec.taps]
+        if "attention_mask" not in inputs:  # images: nothing is padded
+            return torch.stack(states)
+        places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
         out = states[0].new_empty(len(states), len(places), states[0].shape[-1])
         for place, state in enumerate(states):
             torch.index_select(state, 0, places, out=out[place])

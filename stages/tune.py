@@ -95,7 +95,7 @@ class Tuner:
     @property
     def key(self) -> str:
         """Names everything that determines the result."""
-        identity = self.task.cache.identity.fingerprint()
+        identity = self.task.cache.identity.fingerprint_for(self.spec.taps)
         described = asdict(self.settings), self.spec.to_json(), identity, self.task.rows
         return hash_json(list(described))
 
