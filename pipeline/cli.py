@@ -17,9 +17,11 @@ from sherl_pipe.pipeline.options import (
     LABEL_COLUMN,
     MOVED,
     PLAN,
+    RAY_ADDRESS,
     TARGET_COLUMN,
     TEXT_COLUMNS,
     TUNE,
+    TUNE_WORKERS,
     extract_values,
     stack,
 )
@@ -74,7 +76,7 @@ def tune(**options: Any) -> None:
     """Stage two: tune side modules for the tasks of a cache."""
     from sherl_pipe.pipeline.config import make_config
 
-    whole = {key: options.pop(key) for key in ("cache", "device")}
+    whole = {key: options.pop(key) for key in ("cache", "device", "ray_address")}
     as_json, model = options.pop("as_json"), options.pop("model")
     data = {key: options.pop(key) for key in ("source", "text_columns")}
     options["seed"] = options["seed"] or (0,)
@@ -83,11 +85,44 @@ def tune(**options: Any) -> None:
 
 
 @cli.command()
+@stack(
+    [
+        click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        MOVED,
+        TUNE_WORKERS,
+        RAY_ADDRESS,
+        JSON,
+    ]
+)
+def sweep(
+    config: Path,
+    model: str | None,
+    workers: int | str | None,
+    ray_address: str | None,
+    as_json: bool,
+) -> None:
+    """Stage two many times over: tasks, methods, settings and seeds, as CONFIG's sweep says.
+
+    The features are in the cache already. Run again after an interruption: what is finished is not
+    done again. One row for each tuning is in sweep.parquet beside the adapters.
+    """
+    from sherl_pipe.pipeline.config import read_config
+
+    settings = read_config(config)
+    change: dict[str, Any] = {}
+    if workers is not None:
+        change["tune"] = settings.tune.model_copy(update={"workers": workers})
+    if ray_address is not None:
+        change["ray_address"] = ray_address
+    _sweep(settings.model_copy(update=change), as_json=as_json, model=model)
+
+
+@cli.command()
 @click.argument(
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 def run(config: Path | None) -> None:
-    """Both stages, as a pipeline.yaml says.
+    """Both stages, as a pipeline.yaml says; a sweep if it has a space for one.
 
     Without CONFIG: ./pipeline.yaml if it is there, else the embedded demo.
     """
@@ -99,7 +134,10 @@ def run(config: Path | None) -> None:
     with as_file(files("sherl_pipe.stages.demo") / "pipeline.yaml") as embedded:
         settings = read_config(config or (here if here.is_file() else embedded))
     _extract(settings)
-    _tune(settings, as_json=False, model=None)
+    if settings.sweep.space:
+        _sweep(settings, as_json=False, model=None)
+    else:
+        _tune(settings, as_json=False, model=None)
 
 
 @cli.command()
@@ -300,14 +338,27 @@ def _plan(config: RunConfig, *, tunings: int | None, as_json: bool) -> None:
 def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:
     from dataclasses import asdict
 
-    from sherl_pipe.pipeline import console, report, steps
+    from sherl_pipe.pipeline import console, report
+    from sherl_pipe.pipeline.tuning import run_tune
 
     with console.bars() as bars:
-        results = steps.run_tune(config, bars, model)
+        results = run_tune(config, bars, model)
     if as_json:
         _print_json([asdict(result) for result in results])
         return
     console.results().print(report.tune_table(results))
+
+
+def _sweep(config: RunConfig, *, as_json: bool, model: str | None) -> None:
+    from sherl_pipe.pipeline import console, report
+    from sherl_pipe.pipeline.sweep import run_sweep
+
+    with console.bars() as bars:
+        rows = run_sweep(config, bars, model)
+    if as_json:
+        _print_json(rows)
+        return
+    console.results().print(report.sweep_table(rows))
 
 
 def _print_json(data: Any, indent: int | None = 1) -> None:

@@ -9,10 +9,17 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.data import DEMO_DATA
 
@@ -20,6 +27,15 @@ from sherl_pipe.stages.data import DEMO_DATA
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# None is this process, without Ray.
+Workers = Positive | Literal["auto"] | None
+Kind = TypeVar("Kind")
+Values = Annotated[tuple[Kind, ...], Field(min_length=1)]
+
+
+def _listed(spaces: Any) -> Any:
+    """One space is a list of one."""
+    return [spaces] if isinstance(spaces, dict) else spaces
 
 
 class Section(BaseModel):
@@ -57,7 +73,7 @@ class ExtractConfig(Section):
     batch_tokens: Positive = 4096
     shard_mib: Positive = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    workers: Positive | Literal["auto"] | None = None
+    workers: Workers = None
 
 
 class TuneConfig(Section):
@@ -85,6 +101,64 @@ class TuneConfig(Section):
     memory_budget: str | None = None
     readers: Positive | None = None
     out: Path = Path("runs")
+    workers: Workers = None
+    retries: Annotated[Integer, Field(ge=0)] = 3
+
+
+class Span(Section):
+    """A range that numbers are drawn from, evenly or evenly in their logarithm."""
+
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Span:
+        if not self.low <= self.high:
+            raise ValueError(f"a range from low to high, such as low: {self.high}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError("low above zero where the scale is log")
+        return self
+
+
+class Space(Section):
+    """Settings of `tune` that a sweep varies, with their values, or for `random` their ranges."""
+
+    method: Values[str] | None = None
+    reduction: Values[Positive] | None = None
+    late: Values[Annotated[Integer, Field(ge=0)]] | None = None
+    lr: Values[Rate] | Span | None = None
+    epochs: Values[Positive] | None = None
+    batch_size: Values[Positive] | None = None
+    warmup: Values[Annotated[float, Field(ge=0, lt=1)]] | Span | None = None
+    weight_decay: Values[Annotated[float, Field(ge=0)]] | Span | None = None
+    clip: Values[Annotated[float, Field(gt=0)]] | Span | None = None
+    init: Values[Literal["residual", "paper", "random", "fisher"]] | None = None
+    pool: Values[Literal["mean", "first", "last"]] | None = None
+    head: Values[Literal["random", "probe"]] | None = None
+    loss: Values[Literal["words", "vocabulary"]] | None = None
+    precision: Values[Literal["float32", "bf16"]] | None = None
+
+
+class StopConfig(Section):
+    """Early stopping: after `grace`, `grace` x `factor`, ... epochs one in `factor` goes on."""
+
+    grace: Positive = 1
+    factor: Annotated[Integer, Field(ge=2)] = 3
+
+
+class SweepConfig(Section):
+    """Which tunings a sweep has, each for every task and seed of `tune`.
+
+    `grid` takes all combinations of the values in the space, `random` draws `samples` of them.
+    Several spaces are swept one after another.
+    """
+
+    search: Literal["grid", "random"] = "grid"
+    samples: Positive = 16
+    seed: Annotated[Integer, Field(ge=0)] = 0
+    space: Annotated[tuple[Space, ...], BeforeValidator(_listed)] = ()
+    stop: StopConfig | None = None
 
 
 class RunConfig(Section):
@@ -102,6 +176,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
     tune: TuneConfig = TuneConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @property
     def data_source(self) -> str:
@@ -189,6 +264,8 @@ def _section(place: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for name in place:
         kind = section.model_fields[name].annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            section = kind
+        # A section may be one of several forms, or an element of a list.
+        for form in (kind, *get_args(kind)):
+            if isinstance(form, type) and issubclass(form, BaseModel):
+                section = form
     return section

@@ -72,6 +72,37 @@ MEMORY_BUDGET = click.option(
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
 )
 
+
+def _count(_: Any, __: Any, text: str | None) -> int | str | None:
+    """A number of workers. Raises BadParameter."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"expected a number from 1 on, or auto, found {text!r}")
+    return int(text)
+
+
+_NO_WORKERS = "[default: this process alone; auto with --ray-address]"
+WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, each with a GPU or a share of the processors; auto: one for each "
+    f"GPU, or machine without any, of the cluster.  {_NO_WORKERS}",
+)
+TUNE_WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, as for extract. Several tunings are spread over them; one alone "
+    f"is trained by all of them.  {_NO_WORKERS}",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    help="Ray cluster to join: host:port, or auto for the one on this machine.  [default: where "
+    "workers are asked for, one is started on this machine for the time]",
+)
+
 _FEATURES = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
@@ -126,29 +157,6 @@ _FEATURES = [
     DEVICE,
 ]
 
-
-def _count(_: Any, __: Any, text: str | None) -> int | str | None:
-    """A number of workers. Raises BadParameter."""
-    if text is None or text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise click.BadParameter(f"expected a number from 1 on, or auto, found {text!r}")
-    return int(text)
-
-
-WORKERS = click.option(
-    "--workers",
-    metavar="N|auto",
-    callback=_count,
-    help="Workers that Ray runs, each with a GPU or a share of the processors; auto: one for each "
-    "GPU, or machine without any, of the cluster.  [default: this process alone; auto with "
-    "--ray-address]",
-)
-RAY_ADDRESS = click.option(
-    "--ray-address",
-    help="Ray cluster to join: host:port, or auto for the one on this machine.  [default: where "
-    "workers are asked for, one is started on this machine for the time]",
-)
 
 EXTRACT = [*_FEATURES, WORKERS, RAY_ADDRESS]
 
@@ -211,6 +219,11 @@ TUNE = [
         help="Threads that read shards.  [default: one for two processors, at most 4]",
     ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
+    TUNE_WORKERS,
+    click.option(
+        "--retries", type=click.IntRange(0), default=3, help="Of a pass that loses its worker."
+    ),
+    RAY_ADDRESS,
     DEVICE,
     JSON,
 ]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
+from sherl_pipe.cache import CacheWriter, FeatureCache, TaskSpec
 from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.added import (
-    naming_the_extraction,
     say_what_is_added,
     say_what_is_left,
     specs_of,
@@ -21,18 +19,14 @@ from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import (
     DTYPES,
     Prepared,
-    check_folder,
     check_words,
     held_examples,
     method_settings,
-    parse_bytes,
     pick_device,
     prepare,
     spare_threads,
-    tunings,
 )
 from sherl_pipe.pipeline.planning import require_space
-from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.pipeline.staff import staff_for
 from sherl_pipe.stages.backbone import Backbone, load_backbone
@@ -41,12 +35,8 @@ from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.missing import missing_targets, missing_words
-from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
-from sherl_pipe.stages.settings import TuneResult, TuneSettings
-from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import load_tokenizer
-from sherl_pipe.stages.tune import Tuner
 from sherl_pipe.stages.words import tokens_of
 
 
@@ -195,89 +185,3 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
     check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
 
     return lambda task, spec: check_words(task, spec, tokenizer)
-
-
-def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[TuneResult]:
-    """Stage two: every task, learning rate and seed, in as few passes as can be. Resumes.
-
-    Raises what opening the cache, training and storage raise; a NonFiniteError of one tuning
-    after all others are done.
-    """
-    tune = config.tune
-    check_folder(tune.out, "out")
-    cache, backbone, tokenizer = open_for_tuning(config, bars, model)
-    names = tune.tasks or tuple(sorted(cache.tasks))
-    if not names:
-        raise InputError(
-            f"{cache.path} has no labels. Attach some with `sherl-pipe label --cache {cache.path}`."
-        )
-    # All of them first: a name that is wrong must not wait for the tunings before it.
-    tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, backbone.family, specs_of(cache, names))
-    asked = [(task, settings) for task in tasks for settings in wanted]
-    with naming_the_extraction(cache.path):
-        for task, settings in asked:
-            _ = task.route_spec(settings)
-    budget, where = parse_bytes(tune.memory_budget), _where(cache)
-    pruning = Pruning(config, cache, tokenizer, model, bars)
-    outcomes: dict[tuple[str, str], Outcome] = {}
-    for members in packs(asked, tune.together):
-        tuners = [
-            Tuner(
-                task,
-                settings,
-                tune.out / task.name / settings.name,
-                budget=budget,
-                residency=tune.residency,
-                readers=tune.readers,
-            )
-            for task, settings in members
-        ]
-        results = _one_pass(tuners, pruning, bars)
-        for tuner, outcome in zip(tuners, results, strict=True):
-            outcomes[tuner.task.name, tuner.settings.name] = outcome
-            # An interruption may have come between the two files.
-            if isinstance(outcome, TuneResult) and not (tuner.folder / "run.json").is_file():
-                write_record(tuner.folder, _resolved(config, tuner.settings), where)
-    found = [outcomes[task.name, settings.name] for task, settings in asked]
-    for outcome in found:
-        if isinstance(outcome, NonFiniteError):
-            raise outcome
-    return [outcome for outcome in found if isinstance(outcome, TuneResult)]
-
-
-def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Outcome]:
-    """Train what is not finished, having said what and where."""
-    done = [tuner.finished() for tuner in tuners]
-    for tuner, result in zip(tuners, done, strict=True):
-        if result is not None:
-            say(f"tune: {tuner.task.name}, {tuner.settings.name}: finished before")
-    left = [tuner for tuner, result in zip(tuners, done, strict=True) if result is None]
-    if not left:
-        return [result for result in done if result is not None]
-    for tuner in left:
-        if tuner.settings.init in find_method(tuner.settings.method).given:
-            tuner.start_from(pruning.weights(tuner))
-    pack, first = Pack(left), left[0]
-    for tuner in left:
-        say(f"tune: {tuner.task.name}, {tuner.settings.name}")
-    say(
-        f"{len(left)} {'tuning' if len(left) == 1 else 'tunings in one pass'} on "
-        f"{first.task.backbone.device}; {len(first.task.train.ids):,} training rows; "
-        f"{pack.train.summary}"
-    )
-    fresh = iter(pack.run(bars))
-    return [next(fresh) if result is None else result for result in done]
-
-
-def _resolved(config: RunConfig, settings: TuneSettings) -> dict[str, Any]:
-    """The config as JSON, with what a tuning's method and preset made of it."""
-    body = config.model_dump(mode="json")
-    chosen = {name: value for name, value in asdict(settings).items() if name in body["tune"]}
-    for name in ("lr", "seed"):
-        chosen[name] = [chosen[name]]
-    return {**body, "tune": {**body["tune"], **chosen}}
-
-
-def _where(cache: FeatureCache) -> dict[str, str]:
-    return {"path": str(cache.path), "identity": cache.identity.fingerprint()}

@@ -46,6 +46,10 @@ class FirstTokens:
         """Mean cross-entropy over the words, of logits `[B, 1, words]` and numbers of words."""
         return functional.cross_entropy(logits[:, 0], words.to(logits.device))
 
+    def amount(self, words: Tensor) -> int:
+        """What `loss` is the mean over: examples."""
+        return len(words)
+
     def score(self, logits: Tensor) -> Tensor:
         """Log-probability of every word, `[B, words]`, of logits `[B, 1, words]`."""
         return logits[:, 0].log_softmax(-1)

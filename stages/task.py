@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
@@ -81,6 +83,17 @@ class Task:
         other = roles.get(self.held_out.role)
         held_out = texts if other is None else TargetTexts.of_table(other, tokenizer, start, limit)
         return texts, held_out
+
+    @property
+    def rows(self) -> list[Any]:
+        """Roles, ids and labels of its two tables, as JSON."""
+        tables = self.train, self.held_out
+        return [(each.role, [i.hex() for i in each.ids], list(each.labels)) for each in tables]
+
+    @cached_property
+    def key(self) -> str:
+        """Names what scores of the task are about: its features, rows and labels."""
+        return hash_json([self.cache.identity.fingerprint(), self.rows])
 
     @property
     def splits(self) -> set[str]:

@@ -22,6 +22,8 @@ from sherl_pipe.stages.optimizer import clip_gradients, make_optimizer
 from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
+from sherl_pipe.stages.step import losses as losses
+from sherl_pipe.stages.step import train_step as train_step
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.texts import IGNORED, judged, padded, text_loss, text_metrics
 from torch import Tensor
@@ -39,7 +41,8 @@ class Tuner:
         task: what to learn.
         settings: how.
         folder: where the adapter, and checkpoints on the way, are written.
-        budget, residency, readers: of features, as for `FeatureSource`. They change no result.
+        budget, residency, readers, shared: of features, as for `FeatureSource`. They change no
+            result.
     """
 
     def __init__(
@@ -51,9 +54,12 @@ class Tuner:
         budget: int,
         residency: str = "auto",
         readers: int | None = None,
+        shared: bool = False,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, folder
-        home = partial(FeatureSource, budget=budget, residency=residency, readers=readers)
+        home = partial(
+            FeatureSource, budget=budget, residency=residency, readers=readers, shared=shared
+        )
         self._features = partial(home, task.cache, device=task.backbone.device)
         self.spec = task.route_spec(settings)
         method, backbone = find_method(settings.method), task.backbone
@@ -89,12 +95,9 @@ class Tuner:
     @property
     def key(self) -> str:
         """Names everything that determines the result."""
-        labels = [
-            (table.role, [i.hex() for i in table.ids], list(table.labels))
-            for table in (self.task.train, self.task.held_out)
-        ]
         identity = self.task.cache.identity.fingerprint_for(self.spec.taps)
-        return hash_json([asdict(self.settings), self.spec.to_json(), identity, labels])
+        described = asdict(self.settings), self.spec.to_json(), identity, self.task.rows
+        return hash_json(list(described))
 
     def finished(self) -> TuneResult | None:
         """The result, if this very tuning was finished in its folder before."""
@@ -160,13 +163,23 @@ class Tuner:
             return text_loss(self.route.logits(hidden[inside]).float(), tokens[inside])
         if self.scoring is not None:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
-            labels = [self.task.train.labels[row] for row in rows.tolist()]
-            return self.scoring.loss(logits, torch.from_numpy(self.task.words_of(labels)))
+            return self.scoring.loss(logits, torch.from_numpy(self._words(rows)))
         logits = self.route.logits(hidden).float()
         wanted = self.task.targets(rows.tolist(), hidden.device)
         if self.task.spec.kind == "classification":
             return F.cross_entropy(logits, wanted)
         return F.mse_loss(logits[:, 0], wanted)
+
+    def amount(self, rows: Ints) -> int:
+        """How many examples or tokens the mean loss of `rows` of the training table is over."""
+        if self.task.texts is not None:
+            return sum(map(len, self.task.target_tokens(rows, train=True)))
+        if self.scoring is None:
+            return len(rows)
+        return self.scoring.amount(torch.from_numpy(self._words(rows)))
+
+    def _words(self, rows: Ints) -> Ints:
+        return self.task.words_of([self.task.train.labels[row] for row in rows.tolist()])
 
     def autocast(self) -> torch.autocast:
         """In force during forward passes."""
@@ -198,6 +211,16 @@ class Tuner:
             raise self._not_finite(f"the gradient at step {step} is")
         optimizer.step()
 
+    def score(self, outputs: Tensor) -> float:
+        """The task's one number, of outputs `[N, C]` for the held-out rows."""
+        return metrics.headline(self._metrics(outputs))
+
+    def _metrics(self, outputs: Tensor) -> dict[str, float]:
+        if self.task.texts is not None:
+            return text_metrics(outputs)
+        labels = np.array(self.task.held_out.labels)
+        return metrics.evaluate(self.task.spec.metrics, labels, self.task.predictions(outputs))
+
     def finish(self, outputs: Tensor, **costs: float) -> TuneResult:
         """Evaluate and save.
 
@@ -205,12 +228,7 @@ class Tuner:
             outputs: `[N, C]` for the held-out rows.
             costs: `seconds`, `seconds_per_epoch`, `peak_mib`.
         """
-        labels = np.array(self.task.held_out.labels)
-        if self.task.texts is not None:
-            found = text_metrics(outputs)
-        else:
-            answers = self.task.predictions(outputs)
-            found = metrics.evaluate(self.task.spec.metrics, labels, answers)
+        found = self._metrics(outputs)
         result = TuneResult(
             task=self.task.name,
             method=self.settings.method,
@@ -219,7 +237,7 @@ class Tuner:
             metrics=found,
             score=metrics.headline(found),
             role=self.task.held_out.role,
-            examples=len(labels),
+            examples=len(self.task.held_out.labels),
             trainable=sum(p.numel() for p in self.parameters.values()),
             backbone=self.task.backbone.parameters,
             folder=str(self.folder),
@@ -257,54 +275,3 @@ class Tuner:
         body = {"key": self.key, "result": asdict(result), "settings": asdict(settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
         store.delete(checkpoint.NAME)
-
-
-def losses(tuners: Sequence[Tuner], batches: Sequence[Batch]) -> list[Tensor]:
-    """Mean loss of each tuning's training batch; the late blocks run once for all of them.
-
-    The tunings have one backbone, method, depth of the late route and precision.
-    """
-    routes = [tuner.route for tuner in tuners]
-    streams = [batch.streams for batch in batches]
-    with tuners[0].autocast():
-        fused = []
-        for tuner, own in zip(tuners, streams, strict=True):
-            with tuner.randomness.own():
-                fused.append(tuner.route.fuse(own))
-        hidden = routes[0].hidden(routes, fused, streams)
-        return [
-            tuner.loss_of(states, batch.rows)
-            for tuner, states, batch in zip(tuners, hidden, batches, strict=True)
-        ]
-
-
-def train_step(
-    tuners: Sequence[Tuner],
-    batches: Sequence[Batch],
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: int,
-    total: int,
-) -> list[NonFiniteError | None]:
-    """Take step `step` of `total` of several tunings (see `losses`), each on its own batch.
-
-    On the CPU one after another, so that each is bit for bit what it is alone: larger products
-    are no faster there. On CUDA together, equal up to the rounding of sums in another order.
-
-    Returns for each tuning the error that ends it, if its gradient is no number; no other tuning
-    is touched by that.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    if tuners[0].task.backbone.device.type == "cpu":
-        for tuner, batch in zip(tuners, batches, strict=True):
-            tuner.loss(batch).backward()
-    else:
-        torch.stack(losses(tuners, batches)).sum().backward()
-    errors: list[NonFiniteError | None] = []
-    for tuner, optimizer in zip(tuners, optimizers, strict=True):
-        try:
-            tuner.update(optimizer, step, total)
-            errors.append(None)
-        except NonFiniteError as error:
-            errors.append(error)
-    return errors

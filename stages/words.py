@@ -189,6 +189,12 @@ class Scoring:
         total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return total / len(words)
 
+    def amount(self, words: Tensor) -> int:
+        """What `loss` is the mean over: tokens of `words [B]`, or examples."""
+        if self.tokens is not None:
+            return len(words)
+        return int((self._tables[0][words] >= 0).sum())
+
     def score(self, logits: Tensor) -> Tensor:
         """Log-probability of every word, `[B, words]`, of `logits [B, nodes, V]`.
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from model_tools import FAMILIES, save_model, sentences
 from sherl_pipe.cache import InputError
-from sherl_pipe.stages import pack
+from sherl_pipe.stages import group
 from sherl_pipe.stages.adapter import TunedModel, load_route
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.features import Packed
@@ -91,7 +91,7 @@ def test_a_stopped_tuning_ends_with_the_same_weights(
 ) -> None:
     world = worlds(method)
     how = settings(world, method)
-    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
     seen: list[int] = []
     whole = run(world.tuner(tmp_path / "whole", **how), recorder(seen))
     for stop in (1, len(seen) // 2 + 1):

@@ -55,13 +55,20 @@ class World:
         budget: int = MUCH,
         residency: str = "auto",
         readers: int | None = None,
+        shared: bool = False,
         **how: Any,
     ) -> Tuner:
         settings = TuneSettings(
             **{"reduction": 1, "epochs": 2, "batch_size": 32, "lr": 1e-2, **how}
         )
         tuner = Tuner(
-            self.task(task), settings, folder, budget=budget, residency=residency, readers=readers
+            self.task(task),
+            settings,
+            folder,
+            budget=budget,
+            residency=residency,
+            readers=readers,
+            shared=shared,
         )
         for module in tuner.route.modules():
             if isinstance(module, Consolidation):
