@@ -191,8 +191,10 @@ TUNE = """--cache c --device cpu --task t --method lst --preset paper --reductio
 
 
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configs(monkeypatch, "extract", *EXTRACT.split())
+    workers = "--workers", 2, "--ray-address", "h:1"
+    config = configs(monkeypatch, "extract", *EXTRACT.split(), *workers)
     expected = {"model": "m", "revision": "r", "device": "cpu", "cache": Path("c")}
+    expected["ray_address"] = "h:1"
     for name, value in expected.items():
         assert getattr(config, name) == value
     for given, default in ((config.data, DataConfig()), (config.extract, ExtractConfig())):
@@ -201,8 +203,10 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     costs = """--method lst --preset paper --reduction 2 --late 2 --epochs 3 --batch-size 5
         --residency host --memory-budget 1GB"""
     planned = configs(monkeypatch, "plan", *EXTRACT.split(), *costs.split(), "--tunings", 9)
-    assert (planned.data, planned.extract, planned.model) == (config.data, config.extract, "m")
-    config = configs(monkeypatch, "tune", *TUNE.split())
+    alone = config.extract.model_copy(update={"workers": None})
+    assert (planned.data, planned.extract, planned.model) == (config.data, alone, "m")
+    config = configs(monkeypatch, "tune", *TUNE.split(), *workers, "--retries", 1)
+    assert config.ray_address == "h:1"
     for field in TuneConfig.model_fields:
         assert getattr(config.tune, field) != getattr(TuneConfig(), field), field
     assert config.tune.lr == (0.1, 0.2)

@@ -132,6 +132,7 @@ shared.bring(1, half)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_taken_away(place: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(place.parent), str(Path(__file__).parent)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL

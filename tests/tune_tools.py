@@ -12,7 +12,7 @@ import pytest
 from cli_tools import write_rows
 from model_tools import SEQ2SEQ, labels_of, save_model, sentences
 from sherl_pipe.cache import FeatureCache, NonFiniteError
-from sherl_pipe.pipeline import steps
+from sherl_pipe.pipeline import staff, steps
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.backbone import Backbone
@@ -110,7 +110,7 @@ def make_world(folder: Path, family: str, method: str = "sherl") -> World:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
-        patch.setattr(steps, "Extractor", lambda *a, **k: Extractor(*a, **k | {"shard_bytes": 1}))
+        patch.setattr(staff, "Extractor", lambda *a, **k: Extractor(*a, **k | {"shard_bytes": 1}))
         steps.run_extract(config, QUIET)
         world = World(*steps.open_for_tuning(config, QUIET))
     stream = "encoder" if family in SEQ2SEQ else "hidden"
