@@ -7,11 +7,12 @@ so a killed writer loses at most the shard in flight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache.arrays import ArraySpec, group_metadata
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.errors import (
@@ -46,7 +47,7 @@ from sherl_pipe.cache.schema import (
     seal,
     stream_kind,
 )
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 
 
 class StreamWriter:
@@ -54,7 +55,7 @@ class StreamWriter:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         identity: Identity,
         split: str,
         stream: str,
@@ -77,6 +78,7 @@ class StreamWriter:
             "layout": counts,
             "notes": dict(notes),
         }
+        catalogue.enter(self.store, self.base)
         self.complete = self.store.exists(f"{self.base}/{MANIFEST}")
         if self.complete:
             self._check_finished()
@@ -95,7 +97,7 @@ class StreamWriter:
         """Shards that are not committed, ascending."""
         if self.complete:
             return []
-        return [shard for shard in range(self.layout.shards) if self._receipt(shard) is None]
+        return [shard for shard, receipt in enumerate(self._receipts()) if receipt is None]
 
     def commit(self, shard: int, codes: Codes, scales: Scales | None) -> int:
         """Write one shard and its receipt.
@@ -128,7 +130,7 @@ class StreamWriter:
         if self.complete:
             return
         files = {k: FileRecord.of(self.store.read(k)) for k in self.files.before_shards()}
-        receipts = [self._receipt(shard) for shard in range(self.layout.shards)]
+        receipts = self._receipts()
         missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
         if missing:
             raise IncompleteSplitError(
@@ -175,8 +177,8 @@ class StreamWriter:
         self._check_same(plan)
         with hint(restore(self.store, self.base)):
             self.files.check(records, str(self.store.path(f"{self.base}/{MANIFEST}")))
-        for key, record in records.items():
-            found = self.store.size(key)
+        sizes = self.store.each(self.store.size, records)
+        for (key, record), found in zip(records.items(), sizes, strict=True):
             if found != record.size:
                 raise CorruptCacheError(
                     explain(
@@ -215,23 +217,21 @@ class StreamWriter:
     def _receipt_key(self, shard: int) -> str:
         return f"{self.base}/{RECEIPTS}/{shard}.json"
 
+    def _receipts(self) -> Sequence[Records | None]:
+        return self.store.each(self._receipt, range(self.layout.shards))
+
     def _receipt(self, shard: int) -> Records | None:
         """The receipt of a committed shard; None, and no trace of it, where it is not whole."""
         if not self.store.exists(self._receipt_key(shard)):
             return None
         receipt = read_receipt(self.store, self.files, shard)
-        whole = all(
-            self.store.exists(key) and record.matches(self.store.read(key))
-            for key, record in receipt.items()
-        )
-        if not whole:
+        if not all(self.store.holds(key, record) for key, record in receipt.items()):
             self.store.delete(self._receipt_key(shard))
             return None
         return receipt
 
     def _remove_receipts(self) -> None:
-        for key in list(self.store.list(f"{self.base}/{RECEIPTS}")):
-            self.store.delete(key)
+        self.store.each(self.store.delete, list(self.store.list(f"{self.base}/{RECEIPTS}")))
         self.store.delete_folder(f"{self.base}/{RECEIPTS}")
 
     def _remove_working_files(self) -> None:

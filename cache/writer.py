@@ -4,44 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache import labels as label_files
 from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.errors import InputError, explain
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
-from sherl_pipe.cache.lock import write_lock
 from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part, stream_kind
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store, writing
 from sherl_pipe.cache.stream_writer import StreamWriter
 
 
 class CacheWriter:
     """The one writer of a cache. Make it with `CacheWriter.open`."""
 
-    def __init__(self, store: LocalStore, identity: Identity) -> None:
+    def __init__(self, store: Store, identity: Identity) -> None:
         self.store = store
         self.identity = identity
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path, identity: Identity) -> Iterator[CacheWriter]:
-        """Lock the cache at `path`, creating it if need be.
+    def open(cls, path: str | Place, identity: Identity) -> Iterator[CacheWriter]:
+        """Lock the cache at `path`, a folder or a URL, creating it if need be.
 
         Raises:
             LockedError: another process writes it.
             StaleCacheError: it was made with another identity.
             StorageError: the storage refuses.
         """
-        root = Path(path)
-        with write_lock(root):
-            store = LocalStore(root)
+        with writing(path) as store:
             store.remove_partials()
+            catalogue.begin(store)
             if store.exists(METADATA):
-                read_root(store)[0].require(identity, str(root))
+                read_root(store)[0].require(identity, str(store.root))
             else:
                 store.create(METADATA, group_metadata({ATTRIBUTE: identity.to_json()}))
             yield cls(store, identity)
