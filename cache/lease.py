@@ -63,7 +63,7 @@ class _Lease:
             "seconds": LEASE,
         }
         self._beats = 0
-        self._version: dict[str, str | None] | None = None
+        self._version: dict[str, str] | None = None
         self._renewed = 0.0
         self._mutex = threading.Lock()
 
@@ -101,7 +101,7 @@ class _Lease:
                 self._renewed = float("-inf")
                 raise self._locked(self._store.find(LOCK_NAME), "was taken over")
 
-    def _put(self, version: dict[str, str | None] | None, *, released: bool = False) -> bool:
+    def _put(self, version: dict[str, str] | None, *, released: bool = False) -> bool:
         """Write the lock if it still has `version`; whether it is ours now."""
         self._beats += 1
         body = {**self._me, "beat": self._beats, "released": released}

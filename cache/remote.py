@@ -45,7 +45,7 @@ class Found:
     """An object: its bytes, what a conditional put compares, and when the server wrote it."""
 
     data: bytes
-    version: dict[str, str | None]
+    version: dict[str, str]
     modified: datetime
 
 
@@ -154,14 +154,14 @@ class RemoteStore:
             if time.monotonic() > ends:
                 raise self._refusal(key, "other writers keep changing it")
 
-    def swap(self, key: str, data: bytes, version: dict[str, str | None] | None) -> bool:
+    def swap(self, key: str, data: bytes, version: dict[str, str] | None) -> bool:
         """Put `data` if the object still has `version` (None: is not there); whether it was done.
 
         An answer that was lost is made up for by looking: `data` has to be what nobody else writes.
         """
 
         def put() -> bool:
-            if self._put(key, data, version or "create") is not None:
+            if self._put(key, data, "create" if version is None else version) is not None:
                 return True
             found = self.find(key)
             return found is not None and found.data == data
@@ -279,8 +279,8 @@ class RemoteStore:
         )
 
 
-def _version(meta: Any) -> dict[str, str | None]:
-    return {"e_tag": meta["e_tag"], "version": meta["version"]}
+def _version(meta: Any) -> dict[str, str]:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
 
 def _reason(error: Exception) -> tuple[str, bool]:
@@ -295,7 +295,7 @@ def _reason(error: Exception) -> tuple[str, bool]:
             "ConnectionRefused": "the connection was refused",
             "kind: Timeout": "there was no answer in time",
             "dns error": "the server's name is not known",
-            "kind: Connect": "there is no connection",
+            "kind: Connect,": "there is no connection",
             "Interrupted": "the connection broke",
         }
         said = next((words for mark, words in kinds.items() if mark in text), "the request failed")

@@ -167,9 +167,11 @@ class StreamWriter:
         self._renew(f"{self.base}/{METADATA}", group_metadata(attributes))
 
     def _renew(self, key: str, data: bytes) -> None:
-        if not self.store.exists(key) or self.store.read(key) != data:
+        if self.store.exists(key):
+            if self.store.read(key) == data:
+                return
             self.store.delete(key)
-            self.store.create(key, data)
+        self.store.create(key, data)
 
     def _check_finished(self) -> None:
         """Raise unless the stream is of this data, and its files are there in their sizes."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import logging
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 BUCKET = "bucket"
+SECRET = "very-secret"
 
 # What the wire does to one request.
 Fault = str | None
@@ -39,7 +44,8 @@ class Wire(ThreadingHTTPServer):
         fault: called for every request with its method and key; one of FAULTS, or None. `503`:
             answered so without asking the server. `slow`: answered after `delay` seconds.
             `truncate`: the body ends early, against its own length. `short`: the same with a
-            length that fits. `flip`: one bit of the body is wrong. `lost`: done by the server,
+            length that fits. `flip`: one bit of the body is wrong, on its way back, or of a put on
+            its way there. `lost`: done by the server,
             and the connection closed without an answer. `drop`: closed before anything is done.
         seen: what came by.
         delay: seconds.
@@ -91,6 +97,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(seen.status, {}, text.encode())
         if fault == "slow":
             time.sleep(self.server.delay)
+        if fault == "flip" and self.command == "PUT":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        if _is_damaged(body, self.headers):
+            # As S3 does, and moto does not.
+            seen.status = 400
+            return self._answer(400, {}, b"<Error><Code>XAmzContentSHA256Mismatch</Code></Error>")
         upstream = http.client.HTTPConnection(self.server.target, timeout=60)
         upstream.request(self.command, self.path, body, dict(self.headers))
         answer = upstream.getresponse()
@@ -99,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         seen.status = answer.status
         if fault == "lost":
             return self._hang_up()
-        if fault == "flip" and data:
+        if fault == "flip" and data and self.command == "GET":
             data = bytes([data[0] ^ 1]) + data[1:]
         if fault == "short":
             data = data[: len(data) // 2]
@@ -135,6 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
+def _is_damaged(body: bytes, headers: Mapping[str, str]) -> bool:
+    """Whether a body is not the one that was signed."""
+    signed = headers.get("x-amz-content-sha256", "")
+    return len(signed) == 64 and hashlib.sha256(body).hexdigest() != signed
+
+
 @contextmanager
 def wire_to(target: str) -> Iterator[Wire]:
     """A running `Wire` to the server at `target`."""
@@ -147,3 +165,54 @@ def wire_to(target: str) -> Iterator[Wire]:
         wire.shutdown()
         wire.server_close()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The URL of an S3 server with one bucket."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    made = http.client.HTTPConnection(host, port)
+    made.request("PUT", f"/{BUCKET}")
+    assert made.getresponse().status == 200
+    made.close()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def wire(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Wire]:
+    """The way to the server, in an environment that knows of it and of nothing else."""
+    for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "WHO")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home-cache"))
+    with wire_to(server) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def url(wire: Wire, tmp_path: Any) -> str:
+    """Where a test's cache is: below a prefix of its own."""
+    return f"s3://{BUCKET}/{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:12]}/cache"
+
+
+def every(number: int, fault: str, *methods: str) -> Callable[[str, str], Fault]:
+    """A fault for one request of `number`, of some methods; the requests after it go well."""
+    seen, lock = [0], threading.Lock()
+
+    def strike(method: str, _: str) -> Fault:
+        if methods and method not in methods:
+            return None
+        with lock:
+            seen[0] += 1
+            return fault if seen[0] % number == 1 else None
+
+    return strike
