@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from cache_tools import write_split
@@ -118,6 +119,59 @@ def test_faults_that_pass_leave_no_trace(
     wire.fault = lambda _, __: None
     assert cache.verify() == [] and read_all(url)
     assert not [key for key in store_of(url).list() if "/receipts/" in key or "plan.json" in key]
+
+
+class Killed(BaseException):
+    """As kill -9: nothing that follows is done, the lock is not given back."""
+
+
+def killed_write(url: str, point: int, applied: bool) -> bool:
+    """Write the cache and die at its request number `point`; whether it came so far.
+
+    Where `applied`, the store has done that request, and nobody was there for the answer.
+    """
+    heal, lock, seen = RemoteStore._heal, threading.Lock(), [0]
+
+    def strike(self: RemoteStore, key: str, request: Callable[[], Any], size: int = 0) -> Any:
+        with lock:
+            seen[0] += 1
+            number = seen[0]
+        if number > point or (number == point and not applied):
+            raise Killed
+        answer = heal(self, key, request, size)
+        if number == point:
+            raise Killed
+        return answer
+
+    with patch.object(RemoteStore, "_heal", strike):
+        try:
+            write_split(url, LENGTHS)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_killed_at_any_request(
+    wire: Wire, url: str, server: str, local: list[tuple[str, str]], applied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)  # without the wire it is faster
+    monkeypatch.setattr(lease, "_is_dead", lambda _: True)  # this very process was the holder
+    point, step = 3, 6
+    while killed_write(place := f"{url}/{point}", point, applied):
+        # Of readers meanwhile, none sees a stream before it is whole.
+        try:
+            assert FeatureCache.open(place).content() in ([], local)
+        except (errors.IncompleteSplitError, errors.InputError):
+            pass
+        write_split(place, LENGTHS)
+        cache = FeatureCache.open(place)
+        assert cache.content() == local and cache.verify() == []
+        left = {key.rpartition("/")[0] for key in store_of(place).list()}
+        assert not any(folder.endswith("receipts") for folder in left)
+        point += step
+    assert point > 50
 
 
 @pytest.mark.parametrize(
