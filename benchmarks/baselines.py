@@ -6,6 +6,7 @@ A method is a function of a task, a learning rate, a seed and a number of epochs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,14 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from cached import (
-    sherl,
-    sherl_float32,
-    sherl_int4,
-    sherl_late1,
-    sherl_late1_paper,
-    sherl_paper,
-)
+from cached import TUNINGS, tuned
 from glue_tasks import FloatArray, TaskData, holdout_rows, score
 from training import Meter, PooledClassifier, RunResult, load_encoder, predict, train_and_score
 
@@ -117,19 +111,14 @@ METHODS: dict[str, Method] = {
     "probe": probe,
     "lora": lora,
     "full": full,
-    "sherl": sherl,
-    "sherl_paper": sherl_paper,
-    "sherl_late1": sherl_late1,
-    "sherl_late1_paper": sherl_late1_paper,
-    "sherl_float32": sherl_float32,
-    "sherl_int4": sherl_int4,
 }
+NAMES = (*METHODS, *TUNINGS)
 # What is compared at one rate, that of another method.
 RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl", "sherl_paper": "sherl"}
 
 # Seeds of the search, where they are more than one. Three of SHERL's take less time than one of
 # LoRA's, and its runs with high rates differ much.
-SEARCH_SEEDS = {"sherl": 3, "sherl_late1": 3}
+SEARCH_SEEDS = {"sherl": 3, "sherl_late1": 3}  # of the others one
 
 # The rates tried per method. A method without rates has nothing to search and no randomness, and
 # is run once.
@@ -140,7 +129,27 @@ LR_GRIDS: dict[str, tuple[float, ...]] = {
     "sherl": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "sherl_late1": (1e-3, 3e-3, 6e-3, 1.2e-2),
     "sherl_late1_paper": (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    "lst": (1e-3, 3e-3, 1e-2, 3e-2),
+    "dtl": (1e-3, 3e-3, 1e-2, 3e-2),
+    "unipt": (3e-4, 1e-3, 3e-3, 1e-2),
+    "weighted": (3e-3, 1e-2, 3e-2, 1e-1),
+    "linear": (3e-3, 1e-2, 3e-2, 1e-1),
 }
+
+
+def trained(
+    name: str, task: TaskData, rates: Sequence[float | None], seeds: Sequence[int], epochs: int
+) -> dict[tuple[float | None, int], RunResult]:
+    """Every rate with every seed; one after another, or from a cache in one pass."""
+    if name in TUNINGS:
+        given = [rate for rate in rates if rate is not None]
+        return tuned(name, task, given, seeds, epochs)
+    method = METHODS[name]
+    return {
+        (rate, seed): method(task, lr=rate, seed=seed, epochs=epochs)
+        for rate in rates
+        for seed in seeds
+    }
 
 
 def rates(name: str) -> tuple[float, ...]:

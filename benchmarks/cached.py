@@ -1,7 +1,8 @@
-"""SHERL as a user runs it: `sherl-pipe extract` once, then `sherl-pipe tune` from the cache.
+"""Methods as a user runs them: `sherl-pipe extract` once, then `sherl-pipe tune` from the cache.
 
 Each command is a process of its own, so time and memory are those of the product. A phase has one
-cache for all rates and seeds; extraction is the part that is paid once.
+cache for all methods, rates and seeds; extraction is the part that is paid once. Rates and seeds of
+one command share a pass over the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,78 +27,64 @@ from training import RunResult
 WORK = Path(__file__).resolve().parent.parent / "build" / "minilm_glue"
 
 
-def sherl(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL as it is by default on an encoder."""
-    return _tuned(task, lr, seed, epochs)
+@dataclass(frozen=True)
+class Tuning:
+    """A method from the cache.
+
+    Attributes:
+        options: of `sherl-pipe tune`, where they are not its defaults.
+        codec: of the cache.
+    """
+
+    options: Mapping[str, str | int] = field(default_factory=dict)
+    codec: str = "int8"
 
 
-def sherl_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from the published start of the consolidation."""
-    return _tuned(task, lr, seed, epochs, init="paper")
+_LATE1: dict[str, str | int] = {"--late": 1, "--head": "random"}
+TUNINGS: dict[str, Tuning] = {
+    "sherl": Tuning(),
+    "sherl_paper": Tuning({"--init": "paper"}),
+    "sherl_late1": Tuning(_LATE1),
+    "sherl_late1_paper": Tuning({**_LATE1, "--init": "paper"}),
+    "sherl_float32": Tuning(codec="float32"),
+    "sherl_int4": Tuning(codec="int4"),
+    **{name: Tuning({"--method": name}) for name in ("lst", "dtl", "unipt", "weighted", "linear")},
+}
 
 
-def sherl_late1(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL with one late block and a random head."""
-    return _tuned(task, lr, seed, epochs, late=1, head="random")
-
-
-def sherl_late1_paper(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL as published: one late block, a random head, the published start."""
-    return _tuned(task, lr, seed, epochs, init="paper", late=1, head="random")
-
-
-def sherl_float32(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from features that are stored without loss."""
-    return _tuned(task, lr, seed, epochs, codec="float32")
-
-
-def sherl_int4(task: TaskData, *, lr: float | None, seed: int, epochs: int) -> RunResult:
-    """SHERL from the smallest features."""
-    return _tuned(task, lr, seed, epochs, codec="int4")
-
-
-def _tuned(
-    task: TaskData,
-    lr: float | None,
-    seed: int,
-    epochs: int,
-    *,
-    init: str = "residual",
-    late: int = 2,
-    head: str = "probe",
-    codec: str = "int8",
-) -> RunResult:
-    if lr is None:
-        raise ValueError("this method needs a learning rate")
+def tuned(
+    name: str, task: TaskData, rates: Sequence[float], seeds: Sequence[int], epochs: int
+) -> dict[tuple[float | None, int], RunResult]:
+    """Every rate with every seed, in one command."""
+    tuning = TUNINGS[name]
     started = time.perf_counter()
-    cache = extracted(task, codec)
+    cache = extracted(task, tuning.codec)
     extraction = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as out:
         options = {
             "--cache": cache,
             "--task": task.name,
-            "--lr": lr,
-            "--seed": seed,
             "--epochs": epochs,
             "--batch-size": BATCH_SIZE,
-            "--init": init,
-            "--late": late,
-            "--head": head,
             "--out": out,
+            **tuning.options,
         }
-        text = sherl_pipe(
-            ["tune", *(str(part) for pair in options.items() for part in pair), "--json"]
+        command = ["tune", *(str(part) for pair in options.items() for part in pair), "--json"]
+        command += [part for rate in rates for part in ("--lr", str(rate))]
+        command += [part for seed in seeds for part in ("--seed", str(seed))]
+        found = json.loads(sherl_pipe(command))
+    results: dict[tuple[float | None, int], RunResult] = {}
+    for result in found:
+        metrics = {key: value / 100 for key, value in result["metrics"].items()}
+        results[result["lr"], result["seed"]] = RunResult(
+            metrics={"score": result["score"] / 100, **metrics},
+            seconds_per_epoch=result["seconds_per_epoch"],
+            cpu_seconds_per_epoch=None,
+            trainable_parameters=result["trainable"],
+            peak_rss_mib=result["peak_mib"],
+            selected={"extraction_seconds": extraction, "together": len(found)},
         )
-    (result,) = json.loads(text)
-    metrics = {name: value / 100 for name, value in result["metrics"].items()}
-    return RunResult(
-        metrics={"score": result["score"] / 100, **metrics},
-        seconds_per_epoch=result["seconds_per_epoch"],
-        cpu_seconds_per_epoch=None,
-        trainable_parameters=result["trainable"],
-        peak_rss_mib=result["peak_mib"],
-        selected={"extraction_seconds": extraction},
-    )
+    return results
 
 
 def extracted(task: TaskData, codec: str) -> Path:
@@ -104,7 +92,7 @@ def extracted(task: TaskData, codec: str) -> Path:
     # Costs are measured on the rows of the final runs, so they share the features.
     phase = "final" if task.phase == "cost" else task.phase
     folder = WORK / f"{phase}-{len(task.train)}"
-    cache = folder / f"cache-{codec}" / task.name
+    cache = folder / f"taps-{codec}" / task.name
     for role, rows in (("train", task.train_rows), ("validation", task.evaluation_rows)):
         file = folder / "data" / task.name / f"{role}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +104,7 @@ def extracted(task: TaskData, codec: str) -> Path:
         "--cache": cache,
         "--max-length": MAX_LENGTH,
         "--codec": codec,
+        "--taps": "all",
     }
     sherl_pipe(["extract", *(str(part) for pair in options.items() for part in pair)])
     return cache

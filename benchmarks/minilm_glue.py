@@ -25,13 +25,14 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from baselines import METHODS, RATES_OF, SEARCH_SEEDS, rates
+from baselines import NAMES, RATES_OF, SEARCH_SEEDS, rates, trained
+from cached import TUNINGS
 from glue_tasks import TASKS, TRAIN_ROWS, load_task
 from records import (
     Record,
@@ -57,43 +58,63 @@ def configure_logging() -> None:
     LOG.setLevel(logging.INFO)
 
 
-def execute(run: Run, data: Path, threads: int) -> Record:
-    """Carry out one run; called in a process of its own."""
+def execute(runs: Sequence[Run], data: Path, threads: int) -> list[Record]:
+    """Carry out runs that differ in rate and seed; called in a process of its own."""
     configure_logging()
     torch.set_num_threads(threads)
-    task = load_task(data, run.task, run.phase, load_tokenizer(), run.rows)
-    result = METHODS[run.method](task, lr=run.lr, seed=run.seed, epochs=run.epochs)
-    return {
-        **asdict(run),
-        "train_rows": len(task.train),
-        "evaluation_rows": len(task.evaluation),
-        **asdict(result),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "threads": threads,
-    }
+    first = runs[0]
+    task = load_task(data, first.task, first.phase, load_tokenizer(), first.rows)
+    rates = list(dict.fromkeys(run.lr for run in runs))
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    results = trained(first.method, task, rates, seeds, first.epochs)
+    return [
+        {
+            **asdict(run),
+            "train_rows": len(task.train),
+            "evaluation_rows": len(task.evaluation),
+            **asdict(results[run.lr, run.seed]),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "cpu": cpu_model(),
+            "threads": threads,
+        }
+        for run in runs
+    ]
+
+
+def commands(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that one command trains; those of a cached method whose rates and seeds are a grid."""
+    groups: dict[Run, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(replace(run, seed=0, lr=None), []).append(run)
+    found: list[list[Run]] = []
+    for key, group in groups.items():
+        grid = {run.lr for run in group}, {run.seed for run in group}
+        whole = key.method in TUNINGS and len(group) == len(grid[0]) * len(grid[1])
+        found += [group] if whole else [[run] for run in group]
+    return found
 
 
 def carry_out(runs: Iterable[Run], arguments: argparse.Namespace) -> None:
-    """Carry out the runs not yet recorded, one after the other, recording each."""
+    """Carry out the runs not yet recorded, and record them."""
     results: Path = arguments.results
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {run_of(record) for record in read_records(results)}
     context = multiprocessing.get_context("spawn")
-    for run in runs:
-        if run in done:
-            LOG.info("already recorded: %s", run)
-            continue
-        LOG.info("start: %s", run)
+    runs = list(runs)
+    LOG.info("already recorded: %d of %d", sum(run in done for run in runs), len(runs))
+    for group in commands([run for run in runs if run not in done]):
+        for run in group:
+            LOG.info("start: %s", run)
         # A fresh process per run: memory that an earlier run gave back to the allocator, but not
         # to the system, would hide part of this run's growth.
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            record = pool.submit(execute, run, arguments.data, arguments.threads).result()
-        with results.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
-        LOG.info("metrics %s, %.1f s per epoch", record["metrics"], record["seconds_per_epoch"])
+            records = pool.submit(execute, group, arguments.data, arguments.threads).result()
+        for record in records:
+            with results.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+            LOG.info("metrics %s, %.1f s an epoch", record["metrics"], record["seconds_per_epoch"])
 
 
 def search(arguments: argparse.Namespace) -> None:
@@ -181,7 +202,7 @@ def table(arguments: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    options.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     options.add_argument(
         "--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "minilm_glue.jsonl"
     )

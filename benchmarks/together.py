@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from cached import extracted, sherl_pipe
-from glue_tasks import BATCH_SIZE, TRAIN_ROWS, load_task
+from glue_tasks import BATCH_SIZE, load_task
 from minilm_glue import EPOCHS, REPOSITORY
 from records import markdown
 from training import cpu_model, load_tokenizer
@@ -66,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rows", type=int, default=1000, help="training rows")
     parser.add_argument("--toy", action="store_true", help="few rows, one round")
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = 60 if options.toy else TRAIN_ROWS
+    rows = 60 if options.toy else options.rows
     task = load_task(options.data, "cola", "final", load_tokenizer(), rows)
     cache = extracted(task, "int8")
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("the adapters differ")
     medians = {way: statistics.median(each) for way, each in seconds.items()}
     base = medians["eight commands"]
+    print(f"{rows:,} training rows, {EPOCHS} epochs")
     lines = [[way, f"{found:.1f}", f"{found / base:.2f}"] for way, found in medians.items()]
     print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}\n")
     print(markdown(["eight tunings of SHERL, CoLA", "seconds", "ratio"], lines))

@@ -64,6 +64,8 @@ class TaskPlan:
         cached_seconds, live_seconds: of an epoch.
         forward_seconds: of the frozen forward in a live epoch.
         read_seconds: for bringing the features into memory: once, or in every epoch if `streamed`.
+        start_seconds: for fitting the head that training starts from, once; live there is a
+            frozen forward more.
         streamed: whether the features are larger than the budget.
         measured: whether steps of this very task were timed.
     """
@@ -73,6 +75,7 @@ class TaskPlan:
     live_seconds: float
     forward_seconds: float
     read_seconds: float
+    start_seconds: float
     streamed: bool
     measured: bool
 
@@ -123,9 +126,12 @@ def make_plan(found: Measured, wanted: Wanted) -> Plan:
         cached = sum(each.cached_seconds for each in tasks) / len(tasks)
         live = sum(each.live_seconds for each in tasks) / len(tasks)
         once = sum(each.read_seconds for each in tasks if not each.streamed) / len(tasks)
+        starts = [each for each in tasks if each.start_seconds]
+        once += sum(each.start_seconds for each in starts) / len(tasks)
+        live_once = sum(each.start_seconds + each.forward_seconds for each in starts) / len(tasks)
         cached_total = extraction + wanted.tunings * (once + wanted.epochs * cached)
-        live_total = wanted.tunings * wanted.epochs * live
-        even = break_even(extraction, once, cached, live, wanted.tunings)
+        live_total = wanted.tunings * (live_once + wanted.epochs * live)
+        even = break_even(extraction, once - live_once, cached, live, wanted.tunings)
     verdict, sentence = _verdict(wanted, size or 0, fits, tasks, extraction, even)
     return Plan(
         sizes,
@@ -202,6 +208,7 @@ def task_plan(amount: TaskAmount, steps: Sequence[StepSample], budget: int) -> T
         sum(each.live_seconds for each in used) * scale,
         sum(each.forward_seconds for each in used) * scale,
         read,
+        sum(each.start_seconds for each in used) * scale,
         streamed,
         bool(own),
     )
@@ -214,12 +221,12 @@ def break_even(
 
     Args:
         extraction: seconds, paid once.
-        once: seconds, paid by every tuning.
+        once: seconds that every tuning pays more from the cache than live.
         cached, live: seconds of an epoch.
         tunings: how many share the cache.
     """
     saved = live - cached
-    return (extraction / max(1, tunings) + once) / saved if saved > 0 else None
+    return max(0.0, extraction / max(1, tunings) + once) / saved if saved > 0 else None
 
 
 def in_words(seconds: float) -> str:

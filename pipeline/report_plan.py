@@ -51,6 +51,7 @@ def describe(planned: Planned) -> dict[str, Any]:
                 "live_seconds_per_epoch": each.live_seconds,
                 "forward_seconds_per_epoch": each.forward_seconds,
                 "reading_seconds": each.read_seconds,
+                "starting_seconds": each.start_seconds,
                 "streamed": each.streamed,
                 "measured": each.measured,
             }

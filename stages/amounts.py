@@ -97,6 +97,7 @@ class StepSample:
         loaded_tokens, loaded_bytes: tokens whose features were brought into memory, and what
             these take there, coded.
         load_seconds: for reading, checking and decompressing them.
+        start_seconds: for fitting a head to these batches, where it starts from a linear model.
     """
 
     task: str
@@ -107,3 +108,4 @@ class StepSample:
     loaded_tokens: int
     loaded_bytes: int
     load_seconds: float
+    start_seconds: float = 0.0

@@ -13,7 +13,7 @@ from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.stages import checkpoint
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
 from sherl_pipe.stages.memory import PeakMemory
-from sherl_pipe.stages.probe import head_inputs, start_head
+from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
 from sherl_pipe.stages.progress import Progress, loading, silent
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
@@ -107,12 +107,7 @@ class Pack:
         self, places: Sequence[int], spent: dict[int, float], progress: Progress
     ) -> None:
         """Fit the heads that start from a linear model, in one pass over the training rows."""
-        # Where label words are scored there is no such head.
-        places = [
-            place
-            for place in places
-            if self.tuners[place].settings.head == "probe" and self.tuners[place].scoring is None
-        ]
+        places = [place for place in places if starts_from_probe(self.tuners[place])]
         if not places:
             return
         begun = time.perf_counter()

@@ -19,6 +19,9 @@ from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
+# Tokens that are encoded at once on a processor: a tap of them stays in its cache.
+BLOCK = 256
+
 
 class ShardBuffer:
     """The coded rows of one shard, copied from the device as they come."""
@@ -38,13 +41,15 @@ class ShardBuffer:
 
     def add(self, states: Tensor) -> None:
         """Encode `[K, n, d]` on its device and copy it here without waiting."""
-        rows = slice(self._filled, self._filled + states.shape[1])
-        self._filled = rows.stop
-        self._bad[:, rows] = quantize.overflowed(self._codec, states)
-        codes, scales = quantize.encode(self._codec, states)
-        self._codes[:, rows].copy_(codes, non_blocking=True)
-        if scales is not None:
-            self._scales[:, rows].copy_(scales, non_blocking=True)
+        size = BLOCK if self._device.type == "cpu" else states.shape[1]
+        for block in states.split(size, dim=1):
+            rows = slice(self._filled, self._filled + block.shape[1])
+            self._filled = rows.stop
+            self._bad[:, rows] = quantize.overflowed(self._codec, block)
+            codes, scales = quantize.encode(self._codec, block)
+            self._codes[:, rows].copy_(codes, non_blocking=True)
+            if scales is not None:
+                self._scales[:, rows].copy_(scales, non_blocking=True)
 
     def check(self, what: str, shard: int, layout: Layout, ids: Sequence[bytes]) -> None:
         """Raise NonFiniteError naming tap and examples; wait for the copies."""

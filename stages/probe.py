@@ -20,6 +20,11 @@ MOST_ROWS = 20_000
 STEPS = 100
 
 
+def starts_from_probe(tuner: Tuner) -> bool:
+    """Whether a tuning's head starts from a linear model; one that scores label words has none."""
+    return tuner.settings.head == "probe" and tuner.scoring is None
+
+
 @torch.inference_mode()
 def head_inputs(tuner: Tuner, streams: Mapping[str, Packed]) -> Tensor:
     """What a tuning's pooled head reads of a batch, `[B, d]`, as the route is now."""

@@ -128,7 +128,7 @@ def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tenso
         ratio = (_nonzero(token) / wanted.clamp(min=torch.finfo(torch.float32).tiny)).log2()
         # Between rounding and the larger step: what is cut off at the ends costs more than a wide
         # step.
-        places = (8 * ratio + 0.62).floor_().clamp_(0, 127).long()
+        places = (8 * ratio + 0.62).floor_().nan_to_num_(0).clamp_(0, 127).long()
         steps = (token * _steps(tap.device)[places]).unsqueeze(-1)
         numbers = values.div_(_nonzero(steps)).add_(8).floor_().clamp_(0, 15)
         pairs = numbers.byte().view(len(tap), -1, 2)

@@ -19,6 +19,7 @@ from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.measure import Clock, Setup
 from sherl_pipe.stages.passes import LivePass
+from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
 from sherl_pipe.stages.sample import Sample
 from sherl_pipe.stages.scratch import opened
 from sherl_pipe.stages.settings import TuneSettings
@@ -125,6 +126,7 @@ class _Rehearsal:
         clock.lap()
         tuner.train.preload()
         load = clock.lap()
+        start = self._start(batches)
         tuner.route.train()
         # Not in turns: each would find the processor's caches full of the other's data.
         (cached,) = _medians(lambda rows: (self._cached_step(rows),), batches, seconds / 2)
@@ -138,7 +140,21 @@ class _Rehearsal:
             loaded_tokens=self._loaded_tokens,
             loaded_bytes=tuner.train.home.size,
             load_seconds=load,
+            start_seconds=start,
         )
+
+    def _start(self, batches: Sequence[Ints]) -> float:
+        """Seconds for fitting the head to the batches; 0 where it does not start so."""
+        tuner = self._tuner
+        if not starts_from_probe(tuner):
+            return 0.0
+        head_inputs(tuner, next(iter(tuner.train.read([batches[0]]))).streams)  # warms up
+        self._clock.lap()
+        found = [
+            (batch.rows, head_inputs(tuner, batch.streams)) for batch in tuner.train.read(batches)
+        ]
+        start_head(tuner, found)
+        return self._clock.lap()
 
     def _cached_step(self, rows: Ints) -> float:
         self._clock.lap()

@@ -64,7 +64,7 @@ def test_blocks_behind_the_last_tap_do_not_run(tmp_path: Path) -> None:
     assert ran == [0, 1]
 
 
-@pytest.mark.parametrize("codec", ["float32", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "int8", "int4"])
 def test_non_finite_states_name_tap_and_examples(tmp_path: Path, codec: str) -> None:
     config = config_of(tmp_path, "bert", codec=codec)
     from safetensors.torch import load_file, save_file

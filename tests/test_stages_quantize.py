@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from cache_tools import encode
-from sherl_pipe.cache import CODECS
-from sherl_pipe.stages import quantize
+from sherl_pipe.cache import CODECS, NonFiniteError, StreamSpec
+from sherl_pipe.cache.layout import assign
+from sherl_pipe.stages import passes, quantize
 
 # 99th percentile of the relative error of a token, and what a tap like its neighbour may have.
 ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.01, "int4": 0.08}
@@ -132,3 +133,27 @@ def test_turned_values_times_turned_weights(name: str, width: int) -> None:
     first, second = (weight.grad for weight in weights)
     assert first is not None and second is not None
     assert (first - second).abs().max() < 1e-4 * first.abs().max()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_shards_do_not_depend_on_how_many_tokens_are_coded_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.from_numpy(states(48))
+    values[1, 3, 0] = torch.nan
+    found = []
+    for block, batch in ((1 << 20, values.shape[1]), (7, 11)):
+        monkeypatch.setattr(passes, "BLOCK", block)
+        spec = StreamSpec(tuple(range(len(values))), len(values), values.shape[-1])
+        buffer = passes.ShardBuffer(CODECS[name], spec, values.shape[1], torch.device("cpu"))
+        for part in values.split(batch, dim=1):
+            buffer.add(part)
+        layout, ids = assign(np.full(values.shape[1], 1), values.shape[1], 0), [b"x"] * 99
+        with pytest.raises(NonFiniteError, match="at tap 1 of 1 examples"):
+            buffer.check("split", 0, layout, ids)
+        found.append(buffer.arrays())
+    clean = np.arange(values.shape[1]) != 3
+    for first, second in zip(*found, strict=True):
+        assert (first is None) == (second is None)
+        if first is not None and second is not None:
+            np.testing.assert_array_equal(first[:, clean], second[:, clean])
