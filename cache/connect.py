@@ -1,4 +1,4 @@
-"""Opening an object store: obstore, credentials of the surroundings, time limits.
+"""Opening an object store: obstore, credentials of the surroundings, time limits, its errors.
 
 obstore and boto3 are imported here alone, and only when a URL is opened.
 """
@@ -6,6 +6,7 @@ obstore and boto3 are imported here alone, and only when a URL is opened.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,9 @@ CREDENTIALS = (
 
 # A request has so many seconds, and one for every MiB: a link slower than that is none.
 SECONDS, MIB = 20, 1 << 20
+# Of a request that was answered: these may be answered otherwise the next time.
+_PASSING = {408, 409, 425, 429}
+_PASSING_CODES = {"RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -57,7 +61,7 @@ def client(root: Url, limit: timedelta) -> Any:
     options: Any = {"timeout": limit, "connect_timeout": timedelta(seconds=10)}
     more: Any = {}
     if root.scheme == "s3":
-        if _plain_loopback(os.environ):
+        if _may_speak_plain(os.environ):
             options["allow_http"] = True
         if _wants_profile(os.environ):
             more["credential_provider"] = _profile()
@@ -76,12 +80,22 @@ def client(root: Url, limit: timedelta) -> Any:
         ) from None
 
 
-def _plain_loopback(environment: Mapping[str, str]) -> bool:
-    """Whether the endpoint is a server on this very machine that speaks no TLS."""
+def _may_speak_plain(environment: Mapping[str, str]) -> bool:
+    """Whether http without TLS is fine: to a server on this very machine.
+
+    Raises InputError for one elsewhere, unless AWS_ALLOW_HTTP (which obstore reads) says so.
+    """
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
     endpoint = next((environment[name] for name in names if environment.get(name)), "")
     parts = urlsplit(endpoint)
-    return parts.scheme == "http" and parts.hostname in _LOOPBACK
+    if parts.scheme != "http":
+        return False
+    if parts.hostname not in _LOOPBACK and environment.get("AWS_ALLOW_HTTP", "").lower() != "true":
+        raise InputError(
+            f"the endpoint of the object store, {parts.hostname}, speaks http without encryption. "
+            "Name its https address in AWS_ENDPOINT_URL, or allow this with AWS_ALLOW_HTTP=true."
+        )
+    return parts.hostname in _LOOPBACK
 
 
 def _wants_profile(environment: Mapping[str, str]) -> bool:
@@ -115,3 +129,33 @@ def _profile() -> Any:
             f"the AWS profile gives no credentials ({type(error).__name__}). Check AWS_PROFILE "
             "and the files in ~/.aws."
         ) from None
+
+
+def reason(error: Exception) -> tuple[str, bool]:
+    """What went wrong, in words without a secret, and whether it may pass."""
+    text = str(error)
+    status = re.search(r"status code: (\d{3})", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    if "169.254.169.254" in text or "metadata.google.internal" in text:
+        return f"no credentials were found. {CREDENTIALS}", False
+    if status is None:
+        kinds = {
+            "ConnectionRefused": "the connection was refused",
+            "kind: Timeout": "there was no answer in time",
+            "dns error": "the server's name is not known",
+            "kind: Connect,": "there is no connection",
+            "Interrupted": "the connection broke",
+        }
+        said = next((words for mark, words in kinds.items() if mark in text), "the request failed")
+        return f"{said}, again and again. Check the network and the endpoint", True
+    number = int(status[1])
+    said = f"the server answers {number}" + (f" {code[1]}" if code else "")
+    if number in (401, 403):
+        return f"{said}: no permission. {CREDENTIALS}", False
+    if 300 <= number < 400:
+        return f"{said}: the bucket is in another region. Set AWS_REGION to its own", False
+    passing = (
+        number >= 500 or number in _PASSING or (code is not None and code[1] in _PASSING_CODES)
+    )
+    todo = "again and again. Wait until the service is well" if passing else "Check the endpoint"
+    return f"{said}{', ' if passing else '. '}{todo}", passing

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sherl_pipe.cache.errors import StorageError, UnsafeError
+from sherl_pipe.cache.errors import InputError, StorageError, explain
 from sherl_pipe.cache.record import FileRecord
 
 _USED, _PARTIAL = "_used", ".partial-"
@@ -141,6 +141,6 @@ def used_bytes(folder: Path) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UnsafeError for a folder for copies that is a link or no folder."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UnsafeError(f"{folder} is not a plain folder; copies of shards need one.")
+    """Raise InputError where there is something else than a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(explain("local copies", expected="a folder", found=f"the file {folder}"))

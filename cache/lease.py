@@ -28,6 +28,8 @@ from sherl_pipe.cache.lock import LOCK_NAME
 from sherl_pipe.cache.remote import Found, RemoteStore
 
 LEASE, BEAT, WATCH = 60.0, 10.0, 20.0
+# Whoever is told to stop does not wait longer for the lock to be given back.
+HURRY = 3.0
 
 
 @contextmanager
@@ -91,9 +93,16 @@ class _Lease:
             self._renew()
 
     def release(self) -> None:
-        """Give the lock back, if it is still held."""
-        with self._mutex, _passed_over():
+        """Give the lock back, if it is still held and the store answers soon."""
+        self._store.patience = HURRY
+        if not self._mutex.acquire(timeout=HURRY):
+            return  # a beat waits for the store; the lock ends by itself
+        try:
             self._put(self._version, released=True)
+        except StorageError:
+            return  # as above
+        finally:
+            self._mutex.release()
 
     def _renew(self) -> None:
         with self._mutex:
@@ -135,15 +144,6 @@ class _Lease:
             f"{self._store.root} {how} by {who}. Wait until it ends, or write to another --cache. "
             f"If it is dead, its lock ends {LEASE:.0f} seconds after it was last renewed."
         )
-
-
-@contextmanager
-def _passed_over() -> Iterator[None]:
-    """What keeps a lock from being given back is no error: it ends by itself."""
-    try:
-        yield
-    except StorageError:
-        return
 
 
 def _holder(found: Found) -> Mapping[str, Any]:

@@ -44,10 +44,6 @@ class Url:
     def parent(self) -> Url:
         return Url(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
-    @property
-    def name(self) -> str:
-        return self.key.rpartition("/")[2] or self.bucket
-
 
 Place: TypeAlias = Path | Url
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +34,6 @@ PATIENCE, SHORTEST, LONGEST = 45.0, 0.1, 8.0
 PARALLEL = 16
 # The largest object that one put makes (S3's limit); whatever is larger was not written here.
 MAX_BYTES = 5 << 30
-# Of a request that was answered: these may be answered otherwise the next time.
-_PASSING = {408, 409, 425, 429}
-_PASSING_CODES = {"RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,10 @@ class RemoteStore:
 
     Attributes:
         guard: called before every change; raises where the writer's lock was lost.
+        patience: seconds for which a request is sent again.
 
     Raises InputError where obstore is not installed. Every method raises StorageError, naming the
-    URL, for a fault that does not heal within PATIENCE and the time of one request.
+    URL, for a fault that does not heal within its patience and the time of one request.
     """
 
     lists = False
@@ -68,6 +65,7 @@ class RemoteStore:
     def __init__(self, root: Url, copies: Copies | None = None) -> None:
         self.root, self.copies = root, copies
         self.guard: Callable[[], None] = lambda: None
+        self.patience = PATIENCE
         self._obstore = connect.library()
         self._clients: dict[int, Any] = {}
 
@@ -149,7 +147,7 @@ class RemoteStore:
             return done or self.swap(key, new, None if found is None else found.version)
 
         self.guard()
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + self.patience
         while not step():
             if time.monotonic() > ends:
                 raise self._refusal(key, "other writers keep changing it")
@@ -257,12 +255,12 @@ class RemoteStore:
 
     def _heal(self, key: str, request: Callable[[], Result], size: int = 0) -> Result:
         """What `request` answers, asked again while it fails in a way that may pass."""
-        wait, ends = SHORTEST, time.monotonic() + PATIENCE
+        wait, ends = SHORTEST, time.monotonic() + self.patience
         while True:
             try:
                 return request()
             except self._obstore.exceptions.BaseError as error:
-                reason, passing = _reason(error)
+                reason, passing = connect.reason(error)
                 # Many workers that were refused together should not come back together.
                 pause = wait * random.uniform(0.5, 1)
                 if not passing or time.monotonic() + pause > ends:
@@ -281,33 +279,3 @@ class RemoteStore:
 
 def _version(meta: Any) -> dict[str, str]:
     return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
-
-
-def _reason(error: Exception) -> tuple[str, bool]:
-    """What went wrong, in words without a secret, and whether it may pass."""
-    text = str(error)
-    status = re.search(r"status code: (\d{3})", text)
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    if "169.254.169.254" in text or "metadata.google.internal" in text:
-        return f"no credentials were found. {connect.CREDENTIALS}", False
-    if status is None:
-        kinds = {
-            "ConnectionRefused": "the connection was refused",
-            "kind: Timeout": "there was no answer in time",
-            "dns error": "the server's name is not known",
-            "kind: Connect,": "there is no connection",
-            "Interrupted": "the connection broke",
-        }
-        said = next((words for mark, words in kinds.items() if mark in text), "the request failed")
-        return f"{said}, again and again. Check the network and the endpoint", True
-    number = int(status[1])
-    said = f"the server answers {number}" + (f" {code[1]}" if code else "")
-    if number in (401, 403):
-        return f"{said}: no permission. {connect.CREDENTIALS}", False
-    if 300 <= number < 400:
-        return f"{said}: the bucket is in another region. Set AWS_REGION to its own", False
-    passing = (
-        number >= 500 or number in _PASSING or (code is not None and code[1] in _PASSING_CODES)
-    )
-    todo = "again and again. Wait until the service is well" if passing else "Check the endpoint"
-    return f"{said}{', ' if passing else '. '}{todo}", passing

@@ -224,9 +224,10 @@ class StreamWriter:
 
     def _receipt(self, shard: int) -> Records | None:
         """The receipt of a committed shard; None, and no trace of it, where it is not whole."""
-        if not self.store.exists(self._receipt_key(shard)):
+        try:
+            receipt = read_receipt(self.store, self.files, shard)
+        except FileNotFoundError:
             return None
-        receipt = read_receipt(self.store, self.files, shard)
         if not all(self.store.holds(key, record) for key, record in receipt.items()):
             self.store.delete(self._receipt_key(shard))
             return None

@@ -181,8 +181,10 @@ AnyPlace = TypeVar("AnyPlace", bound=Place)
 
 
 def copies(config: RunConfig) -> Copies | None:
-    """Where streamed shards are kept; None for a cache in a folder. Raises InputError, UnsafeError,
-    StorageError."""
+    """Where streamed shards are kept; None for a cache in a folder.
+
+    Raises InputError, StorageError.
+    """
     if isinstance(config.cache_path, Path):
         return None
     tune = config.tune

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +14,6 @@ import pytest
 from cache_tools import write_split
 from s3_tools import SECRET, Wire, every
 from sherl_pipe.cache import CacheWriter, FeatureCache, connect, errors, lease, remote
-from sherl_pipe.cache.place import Url, parse_place
 from sherl_pipe.cache.record import FileRecord
 from sherl_pipe.cache.remote import RemoteStore
 from sherl_pipe.cache.stores import open_store
@@ -356,217 +352,6 @@ def test_a_bucket_that_is_not_there(wire: Wire) -> None:
         FeatureCache.open("s3://nothing-here/cache")
     with pytest.raises(errors.StorageError, match="there is no such bucket"):
         write_split("s3://nothing-here/cache", LENGTHS)
-
-
-# -- the lock --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("LEASE", 2.0), ("BEAT", 0.1), ("WATCH", 0.3)):
-        monkeypatch.setattr(lease, name, seconds)
-
-
-def holder(url: str, **change: Any) -> None:
-    """The lock of another machine's writer, which is not heard of any more."""
-    body = {"owner": "o", "pid": 77, "host": "far", "process": None, "beat": 1, "released": False}
-    store_of(url).replace("_lock", json.dumps(body | change).encode())
-
-
-def test_one_writer_at_a_time(wire: Wire, url: str, short_lease: None) -> None:
-    for _ in range(3):
-        with CacheWriter.open(url, SPEC):
-            with pytest.raises(errors.LockedError) as caught, CacheWriter.open(url, SPEC):
-                pass
-            assert caught.value.exit_code == 6
-            me = lease._Lease(store_of(url))._me
-            assert f"process {me['pid']} on {me['host']}" in str(caught.value)
-    with CacheWriter.open(url, SPEC) as writer:
-        time.sleep(2.5)  # longer than the lease: it is renewed
-        with pytest.raises(errors.LockedError), CacheWriter.open(url, SPEC):
-            pass
-        writer.store.create("still/mine", b"x")
-
-
-def test_a_dead_holder_elsewhere(wire: Wire, url: str, short_lease: None) -> None:
-    holder(url)
-    with pytest.raises(errors.LockedError, match="process 77 on far.*ends 2 seconds after"):
-        write_split(url, LENGTHS)
-    time.sleep(3.2)  # times of objects are whole seconds
-    assert write_split(url, LENGTHS)
-
-
-def test_a_dead_holder_on_this_machine(wire: Wire, url: str) -> None:
-    process = lease._process(1)
-    if process is None:
-        pytest.skip("this system does not tell one process from another")
-    holder(url, process=process)
-    with pytest.raises(errors.LockedError):  # process 1 lives
-        write_split(url, LENGTHS)
-    holder(url, process=[*process[:3], "1"])  # as of one that had its number before
-    assert write_split(url, LENGTHS)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"process": [1, 2, 3, "x"]}'])
-def test_a_lock_that_says_nothing(wire: Wire, url: str, content: bytes) -> None:
-    store_of(url).replace("_lock", content)
-    with pytest.raises(errors.LockedError, match="by another process"):
-        write_split(url, LENGTHS)
-
-
-def test_clocks_that_differ(
-    wire: Wire, url: str, short_lease: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To a machine whose clock is an hour ahead every lease looks old; a live one is renewed."""
-
-    class Ahead(lease.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return super().now(tz) + timedelta(hours=1)
-
-    with CacheWriter.open(url, SPEC):
-        monkeypatch.setattr(lease, "datetime", Ahead)
-        with pytest.raises(errors.LockedError), CacheWriter.open(url, SPEC):
-            pass
-
-
-def test_a_writer_that_lost_its_lock_writes_nothing(
-    wire: Wire, url: str, short_lease: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one that was stopped for longer than its lease, and goes on while another writes."""
-    monkeypatch.setattr(lease, "BEAT", 1000)
-    with CacheWriter.open(url, SPEC) as writer:
-        store = writer.store
-        holder(url, owner="p", pid=78)
-        store.create("before/its/end", b"x")
-        monkeypatch.setattr(lease, "LEASE", -1.0)
-        for change in (
-            lambda: store.create("a", b"x"),
-            lambda: store.replace("a", b"x"),
-            lambda: store.delete("before/its/end"),
-        ):
-            with pytest.raises(errors.LockedError, match="was taken over by process 78 on far"):
-                change()
-    assert json.loads(store_of(url).read("_lock"))["owner"] == "p"  # it is not given back either
-
-
-def test_a_lock_whose_answers_are_lost(wire: Wire, url: str, short_lease: None) -> None:
-    wire.fault = lambda method, key: "lost" if method == "PUT" and wire.count("PUT") % 2 else None
-    with CacheWriter.open(url, SPEC) as writer:
-        time.sleep(0.5)
-        writer.store.create("mine", b"x")
-
-
-# -- where, and with which rights ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "bucket", "key"),
-    [
-        ("s3://bucket", "bucket", ""),
-        ("s3://bucket/", "bucket", ""),
-        ("gs://my.bucket_1/a/b-c/d=1/", "my.bucket_1", "a/b-c/d=1"),
-        ("az://container/x", "container", "x"),
-    ],
-)
-def test_urls(text: str, bucket: str, key: str) -> None:
-    place = parse_place(text)
-    assert place == Url(text[:2], bucket, key) and parse_place(place) is place
-    assert str(place) == text.removesuffix("/") and parse_place(str(place)) == place
-    assert str(place / "a" / "b").startswith(str(place)) and (place / "a").parent == place
-
-
-@pytest.mark.parametrize("text", ["cache", "./s3", "/a/b", "C:/x", "a:b/c", "", "ünï/x"])
-def test_folders(text: str) -> None:
-    assert parse_place(text) == Path(text) == parse_place(Path(text))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"s3://me:{SECRET}@bucket/x",
-        f"s3://{SECRET}@bucket",
-        f"s3://bucket/x?X-Amz-Signature={SECRET}",
-        f"az://container/x#{SECRET}",
-        f"https://me:{SECRET}@host/x",
-    ],
-)
-def test_urls_with_secrets(text: str) -> None:
-    with pytest.raises(errors.UnsafeError) as caught:
-        FeatureCache.open(text)
-    assert SECRET not in str(caught.value) and caught.value.__cause__ is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "http://host/x",
-        "file:///x",
-        "s3:/bucket/x",
-        "s3://",
-        "s3:///x",
-        "s3://b/x",
-        "s3://bucket//x",
-        "s3://bucket/a/../b",
-        "s3://bucket/a b",
-        "s3://bucket/a%2e",
-        "s3://bucket/" + "x" * 600,
-        Path("s3://bucket/x"),
-    ],
-)
-def test_urls_that_are_none(text: str | Path) -> None:
-    with pytest.raises(errors.InputError):
-        parse_place(text)
-
-
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(errors.InputError, match=r"pip install 'sherl-pipe\[cloud\]'"):
-        FeatureCache.open("s3://bucket/x")
-
-
-def who(wire: Wire) -> set[str]:
-    return {each.headers["authorization"].split("Credential=")[1][:6] for each in wire.seen}
-
-
-def test_credentials_of_a_profile(
-    wire: Wire, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file = tmp_path / "credentials"
-    text = "[{}]\naws_access_key_id = {}\naws_secret_access_key = x\n"
-    file.write_text(text.format("default", "ALPHA1") + text.format("other", "OTHER1"))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    write_split(url, LENGTHS)
-    assert who(wire) == {"ALPHA1"}
-    wire.seen.clear()
-    monkeypatch.setenv("AWS_PROFILE", "other")
-    FeatureCache.open(url)
-    assert who(wire) == {"OTHER1"}
-    monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(errors.InputError, match="AWS profile gives no credentials"):
-        FeatureCache.open(url)
-
-
-def test_plain_http_is_for_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = connect._plain_loopback
-    assert plain({"AWS_ENDPOINT_URL": "http://127.0.0.1:5000"})
-    assert plain({"AWS_ENDPOINT_URL": "http://x", "AWS_ENDPOINT_URL_S3": "http://localhost:1"})
-    for far in ("http://10.0.0.1:9000", "https://localhost", "http://localhost.evil.org", ""):
-        assert not plain({"AWS_ENDPOINT_URL": far})
-
-
-def test_other_stores_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no server of theirs here; that they are understood can be seen."""
-    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
-    for text, kind in (("gs://bucket/x", "GCSStore"), ("az://container/x", "AzureStore")):
-        place = parse_place(text)
-        assert isinstance(place, Url)
-        assert type(connect.client(place, timedelta(seconds=1))).__name__ == kind
-    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
-    with pytest.raises(errors.InputError, match="az://container: the store cannot be opened"):
-        connect.client(Url("az", "container"), timedelta(seconds=1))
 
 
 def test_bytes_that_are_not_those_written(
