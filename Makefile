@@ -45,6 +45,7 @@ bench: $(VENV)/.bench  ## the tables of docs/ and benchmarks/; takes hours
 	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/plan_accuracy.py
+	$(BIN)/python benchmarks/digits_vit.py
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache

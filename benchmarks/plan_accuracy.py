@@ -77,7 +77,7 @@ def live(config: RunConfig) -> dict[str, float]:
         for identity, row in zip(split.ids, split.tokens.inputs, strict=True)
     }
     cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET, whole=True)
-    settings = opening.tunings(config, backbone.family, cache.identity.streams)[0]
+    settings = opening.tunings(config, backbone.family, cache.specs())[0]
     found = {}
     for name in sorted(cache.tasks):
         task = Task(cache, name, backbone, tokenizer)

@@ -61,12 +61,16 @@ class ArraySpec:
         taps: Sequence[int] | None,
         rows: int,
         out: npt.NDArray[Any] | None = None,
+        slots: Sequence[int] | None = None,
+        room: int | None = None,
     ) -> npt.NDArray[Any]:
         """The first `rows` rows (axis 1) of the listed `taps` (axis 0) of a shard's file.
 
         They are put into `out` if there is one, in which case the file and one chunk are all that
-        it takes of memory. Raises UnsafeError for chunks of other sizes; ValueError, RuntimeError
-        for damaged ones.
+        it takes of memory; at its places `slots`, by default one after another. Without one there
+        is `room` for so many taps, by default for the listed ones.
+
+        Raises UnsafeError for chunks of other sizes; ValueError, RuntimeError for damaged ones.
         """
         self._check_chunks(data)
         buffer = default_buffer_prototype().buffer.from_bytes(data)
@@ -78,8 +82,8 @@ class ArraySpec:
         # One chunk is one tap, so only the listed taps are decompressed.
         wanted = range(self.shape[0]) if taps is None else taps
         if out is None:
-            out = np.empty((len(wanted), rows, self.shape[2]), self.dtype)
-        for place, tap in enumerate(wanted):
+            out = np.empty((room or len(wanted), rows, self.shape[2]), self.dtype)
+        for place, tap in zip(slots or range(len(wanted)), wanted, strict=True):
             out[place] = array[tap, window]
         return out
 

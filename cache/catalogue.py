@@ -1,15 +1,15 @@
 """Which streams and labels a cache in an object store has: one object that names them.
 
 A folder is listed, which is cheap and shows all there is. A bucket is not asked what it holds: a
-listing costs a request for every thousand objects. Whoever is about to begin a stream or to attach
-labels enters their name first, so what is not entered was never begun.
+listing costs a request for every thousand objects. Whoever is about to begin a stream, to attach
+labels or to declare taps enters their name first, so what is not entered was never begun.
 """
 
 from __future__ import annotations
 
 from sherl_pipe.cache.fingerprint import canonical_json
 from sherl_pipe.cache.manifest import MANIFEST, PLAN, RECEIPTS
-from sherl_pipe.cache.schema import seal, take, unseal
+from sherl_pipe.cache.schema import DECLARATIONS, seal, take, unseal
 from sherl_pipe.cache.store import is_partial
 from sherl_pipe.cache.stores import Store
 
@@ -50,7 +50,9 @@ def stream_keys(store: Store) -> set[str]:
     if names is None:
         found = {key for key in store.list() if not is_partial(key)}
         return {key for key in found if not key.startswith(f"{LABELS}/")}
-    bases = sorted(name for name in names if not name.startswith(f"{LABELS}/"))
+    bases = sorted(
+        name for name in names if not name.startswith((f"{LABELS}/", f"{DECLARATIONS}/"))
+    )
 
     def marks(base: str) -> list[str]:
         # The plan first: it goes when the manifest is there.
@@ -63,12 +65,16 @@ def stream_keys(store: Store) -> set[str]:
 
 
 def label_keys(store: Store) -> list[str]:
-    """The files of all labels; what a writer left behind when it died is none."""
+    """The files of all labels."""
+    return [key for key in file_keys(store, LABELS) if key.endswith(".json")]
+
+
+def file_keys(store: Store, folder: str) -> list[str]:
+    """The files of LABELS or of DECLARATIONS; what a writer left when it died is none."""
     names = None if store.lists else _names(store)
     if names is None:
-        found = store.list(LABELS)
-        return [key for key in found if key.endswith(".json") and not is_partial(key)]
-    named = sorted(name for name in names if name.startswith(f"{LABELS}/"))
+        return [key for key in store.list(folder) if not is_partial(key)]
+    named = sorted(name for name in names if name.startswith(f"{folder}/"))
     there = store.each(store.exists, named)
     return [key for key, found in zip(named, there, strict=True) if found]
 
@@ -76,7 +82,7 @@ def label_keys(store: Store) -> list[str]:
 def _listed(store: Store) -> set[str]:
     marks = (f"/{MANIFEST}", f"/{PLAN}")
     bases = {key.rpartition("/")[0] for key in stream_keys(store) if key.endswith(marks)}
-    return bases | set(label_keys(store))
+    return bases | set(label_keys(store)) | set(file_keys(store, DECLARATIONS))
 
 
 def _names(store: Store) -> set[str] | None:

@@ -27,11 +27,13 @@ from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.record import FileRecord as FileRecord
 from sherl_pipe.cache.schema import (
     ATTRIBUTE,
-    FORMAT_VERSION,
     MAX_ROWS,
     Identity,
     StreamSpec,
     bounded,
+    declaration,
+    stream_number,
+    stream_version,
     take,
     unseal,
 )
@@ -88,9 +90,11 @@ class StreamFiles:
         return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
     def metadata(self) -> list[str]:
-        """Keys of every `zarr.json`, the root's included."""
+        """Keys of every `zarr.json`, the root's included, and of the declaration of added taps."""
         folders = [*self.groups, *(f"{self.base}/{name}" for name in (*self.arrays, *self.tables))]
-        return [METADATA, *(f"{folder}/{METADATA}" for folder in folders)]
+        number = stream_number(self.base)[1]
+        declared = [declaration(number)] if number else []
+        return [METADATA, *declared, *(f"{folder}/{METADATA}" for folder in folders)]
 
     def table(self, name: str) -> str | None:
         """Key of the one chunk of a table; an empty table has none."""
@@ -209,10 +213,10 @@ def _plan(body: Any, path: str) -> Mapping[str, Any]:
     for name in ("split", "stream", "identity", "data"):
         take(body, name, str, path)
     take(body, "notes", dict, path)
-    version = take(body, "format", int, path)
-    if version != FORMAT_VERSION:
+    version, expected = take(body, "format", int, path), stream_version(body["stream"])
+    if version != expected:
         raise CorruptCacheError(
-            explain(f"{path}: field 'format'", expected=FORMAT_VERSION, found=shown(version))
+            explain(f"{path}: field 'format'", expected=expected, found=shown(version))
         )
     layout = take(body, "layout", dict, path)
     counts = {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 
 from sherl_pipe.cache import catalogue
 from sherl_pipe.cache import labels as label_files
+from sherl_pipe.cache.added import read_added
 from sherl_pipe.cache.copies import Copies
 from sherl_pipe.cache.errors import (
     CorruptCacheError,
     IncompleteSplitError,
     InputError,
+    StaleCacheError,
     explain,
 )
 from sherl_pipe.cache.labels import LabelTable
@@ -25,7 +29,7 @@ from sherl_pipe.cache.manifest import (
     restore,
 )
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import Identity, stream_kind
+from sherl_pipe.cache.schema import Identity, StreamSpec, stream_kind, stream_number
 from sherl_pipe.cache.store import is_partial
 from sherl_pipe.cache.stores import Store, open_store
 from sherl_pipe.cache.stream import Stream
@@ -36,8 +40,9 @@ class FeatureCache:
 
     Attributes:
         path: its folder or URL.
-        identity: what made it.
-        incomplete: streams that were begun and not finished: name -> (committed shards, shards).
+        identity: what made it, and what was added to it.
+        incomplete: streams that were begun and not finished, or that an addition of taps still
+            wants: name -> (committed shards, shards).
     """
 
     def __init__(self, store: Store, identity: Identity, root: FileRecord) -> None:
@@ -46,7 +51,9 @@ class FeatureCache:
         self.identity = identity
         self.incomplete: dict[str, tuple[int, int]] = {}
         self._streams: dict[str, dict[str, Stream]] = {}
+        self._stored: dict[str, Stream] = {}  # by folder, those of added taps too
         self._scan()
+        self._join()
 
     @classmethod
     def open(
@@ -56,7 +63,8 @@ class FeatureCache:
 
         Args:
             path: its folder, or its URL in an object store, such as `s3://bucket/prefix`.
-            expect: the identity that the caller needs; any other is refused.
+            expect: the identity that the caller needs; any other is refused, and one that lacks
+                some of its taps.
             copies: where shards of an object store that are streamed again and again are kept.
 
         Raises:
@@ -73,9 +81,10 @@ class FeatureCache:
         cache = cls(store, identity, root)
         if not cache._streams and cache.incomplete:
             raise IncompleteSplitError(cache._progress(next(iter(cache.incomplete))))
-        for split in cache._streams.values():
-            for stream in split.values():
-                stream.check_metadata()
+        for stream in cache._stored.values():
+            stream.check_metadata()
+        if expect is not None:
+            cache._require_taps(expect)
         return cache
 
     @property
@@ -106,6 +115,26 @@ class FeatureCache:
             )
         return streams[name]
 
+    def specs(self, splits: Iterable[str] | None = None) -> dict[str, StreamSpec]:
+        """By stream, the taps that all of `splits` (by default all there are) hold.
+
+        An addition counts where it is finished; where there is no stream yet, as declared.
+        """
+        chosen = self._streams if splits is None else {*splits} & self._streams.keys()
+        found = {}
+        for kind in self.identity.streams:
+            spec = self.identity.held(kind)
+            taps = {*spec.taps}.intersection(
+                *(
+                    stream.spec.taps
+                    for split in chosen
+                    for name, stream in self._streams[split].items()
+                    if stream_kind(name) == kind
+                )
+            )
+            found[kind] = replace(spec, taps=tuple(sorted(taps)))
+        return found
+
     @cached_property
     def tasks(self) -> dict[str, dict[str, LabelTable]]:
         """Labels by task and role. Raises CorruptCacheError."""
@@ -124,9 +153,8 @@ class FeatureCache:
     def verify(self) -> list[str]:
         """Hash every committed file; one message per problem, none where all is well."""
         found = []
-        for split in self.splits:
-            for _, stream in sorted(self._streams[split].items()):
-                found += stream.problems()
+        for _, stream in sorted(self._stored.items()):
+            found += stream.problems()
         for key in catalogue.label_keys(self._store):
             try:
                 label_files.read(self._store, key)
@@ -139,14 +167,15 @@ class FeatureCache:
         return sorted(
             {
                 (key, record.sha256)
-                for streams in self._streams.values()
-                for stream in streams.values()
+                for stream in self._stored.values()
                 for key, record in stream.files.items()
             }
         )
 
     def _scan(self) -> None:
         keys = catalogue.stream_keys(self._store)
+        # Behind the listing: additions come before their streams.
+        self.identity = read_added(self._store, self.identity)
         for key in sorted(keys):
             base, _, name = key.rpartition("/")
             if name == MANIFEST and "/" in base:
@@ -190,7 +219,38 @@ class FeatureCache:
     def _add(self, base: str) -> None:
         split, name = base.rsplit("/", 1)
         stream = Stream(self._store, self.identity, self._root, split, name)
-        self._streams.setdefault(split, {})[name] = stream
+        self._stored[base] = stream
+        if not stream_number(name)[1]:
+            self._streams.setdefault(split, {})[name] = stream
+
+    def _join(self) -> None:
+        """Let every stream have its added taps, and note what is still to be done of them."""
+        for base in sorted({*self._stored, *self.incomplete}):
+            split, name = base.rsplit("/", 1)
+            whole = stream_number(name)[0]
+            known = self._stored.get(base)
+            shards = self.incomplete[base][1] if known is None else known.plan["layout"]["shards"]
+            for part in self.identity.parts(whole):
+                if f"{split}/{part}" not in self._stored:
+                    self.incomplete.setdefault(f"{split}/{part}", (0, shards))
+        for split, streams in self._streams.items():
+            for name, stream in streams.items():
+                for part in self.identity.parts(name)[1:]:
+                    if added := self._stored.get(f"{split}/{part}"):
+                        stream.join(added)
+
+    def _require_taps(self, expect: Identity) -> None:
+        for kind, spec in self.specs().items():
+            wanted = expect.held(kind).taps
+            if not {*wanted} <= {*spec.taps}:
+                raise StaleCacheError(
+                    explain(
+                        f"{self.path} lacks {kind} taps",
+                        expected=list(wanted),
+                        found=list(spec.taps),
+                        todo="`sherl-pipe extract` with these --taps adds those that it lacks.",
+                    )
+                )
 
     def _progress(self, base: str) -> str:
         done, total = self.incomplete[base]

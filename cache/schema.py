@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sherl_pipe.cache.codecs import Codec, codec_from_json
@@ -24,7 +24,10 @@ from sherl_pipe.cache.errors import (
 from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
 
 FORMAT_VERSION = 1
+# Of streams of added taps: a reader that knows format 1 alone refuses a cache that has some.
+ADDED_VERSION = 2
 ATTRIBUTE = "sherl_pipe"
+DECLARATIONS = "_taps"
 MAX_NAME_BYTES = 128
 # Bounds no honest cache reaches; beyond them metadata is refused before memory is reserved.
 MAX_TAPS, MAX_WIDTH, MAX_ROWS = 4096, 1 << 20, 1 << 40
@@ -32,6 +35,7 @@ MAX_TAPS, MAX_WIDTH, MAX_ROWS = 4096, 1 << 20, 1 << 40
 T = TypeVar("T")
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_ADDED = re.compile(r"(.+)\.([1-9][0-9]{0,8})\Z")
 
 
 def check_name(name: str, what: str = "split") -> str:
@@ -65,8 +69,26 @@ def _check_parts(name: str, parts: list[str], what: str) -> str:
 
 
 def stream_kind(stream: str) -> str:
-    """The entry of `Identity.streams` that describes a stream: `decoder` of `decoder-1a2b3c4d`."""
-    return stream.split("-", 1)[0]
+    """The entry of `Identity.streams` that describes a stream: `decoder` of `decoder-1a2b3c4d`, and
+    of `decoder-1a2b3c4d.1`."""
+    return stream_number(stream)[0].split("-", 1)[0]
+
+
+def stream_number(stream: str) -> tuple[str, int]:
+    """The stream whose added taps a stream holds, and of which addition: `hidden`, 2 of `hidden.2`;
+    0 for a stream of the first extraction."""
+    match = _ADDED.match(stream)
+    return (match[1], int(match[2])) if match else (stream, 0)
+
+
+def stream_version(stream: str) -> int:
+    """The format of a stream's plan and manifest."""
+    return ADDED_VERSION if stream_number(stream)[1] else FORMAT_VERSION
+
+
+def declaration(number: int) -> str:
+    """Key of the file that says what the n-th addition holds."""
+    return f"{DECLARATIONS}/{number}.json"
 
 
 def take(body: Any, name: str, kind: type[T], path: str) -> T:
@@ -148,10 +170,12 @@ class Identity:
         tokenizer: its fingerprint.
         template: `task` or `neutral`.
         max_length: tokens after which an input is cut.
-        streams: by name: `encoder` and `decoder`, or `hidden`.
+        streams: by name: `encoder` and `decoder`, or `hidden`; as the first extraction made them.
         codec: how values are stored.
         seed: of the permutation that assigns examples to shards.
         versions: packages that wrote the cache (not compared).
+        added: taps that were added later, addition by addition, by name (not compared, and not in
+            the root's metadata; see `added.py`).
     """
 
     backbone: Mapping[str, Any]
@@ -162,6 +186,37 @@ class Identity:
     codec: Codec
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[Mapping[str, StreamSpec], ...] = ()
+
+    def spec(self, stream: str) -> StreamSpec:
+        """What a stored stream holds. Raises InputError for one that the cache does not have."""
+        number, kind = stream_number(stream)[1], stream_kind(stream)
+        additions = (self.streams, *self.added)
+        if number >= len(additions) or kind not in additions[number]:
+            raise InputError(
+                explain("stream", expected=f"one of {sorted(self.streams)}", found=shown(stream))
+            )
+        return additions[number][kind]
+
+    def parts(self, stream: str) -> list[str]:
+        """The stored streams that together hold all taps of a stream, itself first."""
+        kind = stream_kind(stream)
+        numbers = (n for n, specs in enumerate(self.added, start=1) if kind in specs)
+        return [stream, *(f"{stream}.{number}" for number in numbers)]
+
+    def held(self, kind: str) -> StreamSpec:
+        """All taps of a stream, added ones included."""
+        specs = [self.spec(part) for part in self.parts(kind)]
+        return replace(specs[0], taps=tuple(sorted(tap for spec in specs for tap in spec.taps)))
+
+    def missing(self, wanted: Identity) -> dict[str, StreamSpec]:
+        """The taps that `wanted` has and this cache has not, by stream; no entry for none."""
+        found = {}
+        for kind in self.streams.keys() & wanted.streams.keys():
+            lacking = {*wanted.held(kind).taps} - {*self.held(kind).taps}
+            if lacking:
+                found[kind] = replace(self.streams[kind], taps=tuple(sorted(lacking)))
+        return dict(sorted(found.items()))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -243,13 +298,34 @@ class Identity:
             fields[f"{name} width"] = spec.width
         return fields
 
+    def _without_taps(self) -> dict[str, Any]:
+        return {k: v for k, v in self.compared().items() if not k.endswith(" taps")}
+
     def fingerprint(self) -> str:
         """One hash of the compared fields."""
         return hash_json(self.compared())
 
+    def fingerprint_of(self, stream: str) -> str:
+        """One hash of what the bytes of a stored stream depend on besides its texts."""
+        if not stream_number(stream)[1]:
+            return self.fingerprint()
+        return hash_json([self.fingerprint(), stream_kind(stream), list(self.spec(stream).taps)])
+
+    def fingerprint_for(self, taps: Mapping[str, Iterable[int]]) -> str:
+        """One hash of what the values of some taps depend on, by stream. An addition of which none
+        is read does not change it."""
+        used = [
+            self.fingerprint_of(f"{kind}.{number}")
+            for number, specs in enumerate(self.added, start=1)
+            for kind, spec in sorted(specs.items())
+            if {*spec.taps} & {*taps.get(kind, ())}
+        ]
+        return hash_json([self.fingerprint(), *used]) if used else self.fingerprint()
+
     def require(self, expected: Identity, path: str) -> None:
-        """Raise StaleCacheError naming the first field in which this cache differs."""
-        mine, theirs = self.compared(), expected.compared()
+        """Raise StaleCacheError naming the first field in which this cache differs, taps aside:
+        others can be added."""
+        mine, theirs = self._without_taps(), expected._without_taps()
         revisions = [each.backbone.get("revision") for each in (self, expected)]
         if None not in revisions:  # a local folder has none, and its weights are compared anyway
             mine["backbone revision"], theirs["backbone revision"] = revisions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,7 +30,13 @@ from sherl_pipe.cache.manifest import (
     remedy,
     restore,
 )
-from sherl_pipe.cache.schema import Identity, StreamSpec, stream_kind
+from sherl_pipe.cache.schema import (
+    Identity,
+    StreamSpec,
+    declaration,
+    stream_kind,
+    stream_number,
+)
 from sherl_pipe.cache.stores import Store
 
 
@@ -42,6 +48,9 @@ class ShardData:
         codes: `uint8 [taps, rows, code bytes]`.
         scales: `uint8 [taps, rows, scale bytes]` or None.
         picks: places of the wanted taps among these; a chained codec needs others before them.
+
+    Taps that were added stand behind those before them. The first of an addition is coded as it is,
+    so all of them decode as one chain.
     """
 
     codes: Codes
@@ -50,7 +59,11 @@ class ShardData:
 
 
 class Stream:
-    """One committed stream of one split."""
+    """One committed stream of one split.
+
+    Attributes:
+        spec: the taps that can be read; those of added streams too, once `join` has put them in.
+    """
 
     def __init__(
         self, store: Store, identity: Identity, root: FileRecord, split: str, name: str
@@ -81,17 +94,46 @@ class Stream:
                 raise CorruptCacheError(
                     explain(f"{path} belongs elsewhere", expected=self.base, found=shown(found))
                 )
-            if self.plan["identity"] != identity.fingerprint():
+            try:
+                own = identity.spec(name)
+            except InputError as error:
+                number = stream_number(name)[1]
+                raise CorruptCacheError(
+                    explain(
+                        f"{path} is of added taps",
+                        expected=f"{store.path(declaration(number))}, which says which",
+                        found="none, or not of this stream",
+                    )
+                ) from error
+            if self.plan["identity"] != identity.fingerprint_of(name):
                 raise StaleCacheError(
                     f"{path.parent} was made for a cache with other settings. "
                     "Delete that folder and extract again."
                 )
-            self.spec: StreamSpec = identity.streams[stream_kind(name)]
+            self.spec: StreamSpec = own
             self.codec: Codec = identity.codec
             counts = self.plan["layout"]
             self._keys = StreamFiles.of(self.base, self.spec, self.codec, counts)
             self._keys.check(self.files, str(path))
         self.examples, self.rows = int(counts["examples"]), int(counts["rows"])
+        # What is stored where, in the order in which it is decoded.
+        self._parts: list[tuple[Stream, tuple[int, ...]]] = [(self, own.taps)]
+
+    def join(self, added: Stream) -> None:
+        """Read the taps of `added`, a stream of the same examples, as if they were in this one.
+
+        Raises CorruptCacheError for one of other examples.
+        """
+        for field in ("data", "layout"):
+            if added.plan[field] != self.plan[field]:
+                raise self._not_beside(added, field)
+        self._parts.append((added, added.spec.taps))
+        self.spec = replace(self.spec, taps=tuple(sorted((*self.spec.taps, *added.spec.taps))))
+
+    @property
+    def parts(self) -> list[tuple[int, ...]]:
+        """The taps of the first extraction, then those of every addition."""
+        return [taps for _, taps in self._parts]
 
     @property
     def notes(self) -> Mapping[str, Any]:
@@ -109,6 +151,9 @@ class Stream:
         """Shard, first row and length of every example."""
         counts = self.plan["layout"]
         layout = Layout(counts["capacity"], counts["shards"], self._table("index"))
+        for added, _ in self._parts[1:]:
+            if not np.array_equal(added.layout.index, layout.index):
+                raise self._not_beside(added, "index")
         with hint(restore(self._store, self.base)):
             check_layout(layout, str(self._store.path(f"{self.base}/index")))
             for name, expected in summary(layout).items():
@@ -121,19 +166,29 @@ class Stream:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of this stream's own files."""
-        return sum(r.size for k, r in self.files.items() if k.startswith(f"{self.base}/"))
+        """Bytes of this stream's own files, and of those of added taps."""
+        return sum(
+            record.size
+            for part, _ in self._parts
+            for key, record in part.files.items()
+            if key.startswith(f"{part.base}/")
+        )
 
-    def places(self, taps: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    def places(self, taps: Sequence[int] | None = None) -> tuple[list[tuple[int, int]], list[int]]:
         """Stored taps to read in order to decode `taps`, and where these are among them.
+
+        A stored tap is the number of its part (see `parts`), and its place in that.
 
         Raises InputError for a tap that the cache does not hold.
         """
-        stored = self.spec.taps
-        wanted = [self._place(tap) for tap in (stored if taps is None else taps)]
+        wanted = [self._place(tap) for tap in (self.spec.taps if taps is None else taps)]
         if not self.codec.chained:
             return wanted, list(range(len(wanted)))
-        return list(range(max(wanted) + 1)), wanted
+        ends = dict.fromkeys(sorted(part for part, _ in wanted), 0)
+        for part, place in wanted:
+            ends[part] = max(ends[part], place + 1)
+        stored = [(part, place) for part, end in ends.items() for place in range(end)]
+        return stored, [stored.index(each) for each in wanted]
 
     def read_shard(
         self,
@@ -157,16 +212,29 @@ class Stream:
             UnsafeError: a file would take far more memory than it should.
             InputError: a tap that the cache does not hold.
         """
-        places, picks = self.places(taps)
+        stored, picks = self.places(taps)
         rows = self.layout.used_rows(shard)
-        memory = dict(zip(("values", "scales"), out or (None, None), strict=True))
-        found = {}
-        for name, key in self._keys.shard(shard).items():
-            decode = partial(
-                self._keys.arrays[name].decode, shard, taps=places, rows=rows, out=memory[name]
-            )
-            found[name] = self._decoded(key, f"shard {shard}", decode, keep=keep)
-        return ShardData(found["values"], found.get("scales"), picks)
+        found = dict(zip(("values", "scales"), out or (None, None), strict=True))
+        for number, (part, _) in enumerate(self._parts):
+            slots = [slot for slot, (each, _) in enumerate(stored) if each == number]
+            if not slots and stored:
+                continue
+            places = [stored[slot][1] for slot in slots]
+            for name, key in part._keys.shard(shard).items():
+                decode = partial(
+                    part._keys.arrays[name].decode,
+                    shard,
+                    taps=places,
+                    rows=rows,
+                    out=found[name],
+                    slots=slots,
+                    room=len(stored),
+                )
+                found[name] = part._decoded(key, f"shard {shard}", decode, keep=keep)
+        codes = found["values"]
+        if codes is None:
+            raise RuntimeError(f"{self.base}: shard {shard} has no values")
+        return ShardData(codes, found["scales"], picks)
 
     def read_example(self, example: int, taps: Sequence[int] | None = None) -> Floats:
         """float32 `[taps, rows, width]` of one example; reads its whole shard."""
@@ -250,14 +318,24 @@ class Stream:
             return decode_table(spec, None)
         return self._decoded(key, name, partial(decode_table, spec))
 
-    def _place(self, tap: int) -> int:
-        if tap not in self.spec.taps:
-            raise InputError(
-                explain(
-                    f"tap {tap} of {self.base}",
-                    expected=f"one of {list(self.spec.taps)}",
-                    found="none such in this cache",
-                    todo="Extract to another --cache with --taps that includes it.",
-                )
+    def _place(self, tap: int) -> tuple[int, int]:
+        for number, (_, taps) in enumerate(self._parts):
+            if tap in taps:
+                return number, taps.index(tap)
+        raise InputError(
+            explain(
+                f"tap {tap} of {self.base}",
+                expected=f"one of {list(self.spec.taps)}",
+                found="none such in this cache",
+                todo=f"`sherl-pipe extract --taps {tap}` on this cache adds it.",
             )
-        return self.spec.taps.index(tap)
+        )
+
+    def _not_beside(self, added: Stream, field: str) -> CorruptCacheError:
+        return CorruptCacheError(
+            explain(
+                f"{self._store.path(added.base)} is of other examples ({field})",
+                expected=f"those of {self._store.path(self.base)}",
+                todo=restore(self._store, added.base),
+            )
+        )

@@ -41,11 +41,10 @@ from sherl_pipe.cache.manifest import (
 )
 from sherl_pipe.cache.schema import (
     ATTRIBUTE,
-    FORMAT_VERSION,
     Identity,
     StreamSpec,
     seal,
-    stream_kind,
+    stream_version,
 )
 from sherl_pipe.cache.stores import Store
 
@@ -66,14 +65,14 @@ class StreamWriter:
         self.store, self.identity = store, identity
         self.split, self.stream, self.layout = split, stream, layout
         self.base = f"{split}/{stream}"
-        self.spec: StreamSpec = self.identity.streams[stream_kind(stream)]
+        self.spec: StreamSpec = self.identity.spec(stream)
         counts = summary(layout)
         self.files = StreamFiles.of(self.base, self.spec, self.identity.codec, counts)
         self.plan = {
-            "format": FORMAT_VERSION,
+            "format": stream_version(stream),
             "split": split,
             "stream": stream,
-            "identity": self.identity.fingerprint(),
+            "identity": self.identity.fingerprint_of(stream),
             "data": data_fingerprint(ids),
             "layout": counts,
             "notes": dict(notes),

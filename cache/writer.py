@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sherl_pipe.cache import catalogue
 from sherl_pipe.cache import labels as label_files
+from sherl_pipe.cache.added import declare, stored_identity
 from sherl_pipe.cache.arrays import group_metadata
-from sherl_pipe.cache.errors import InputError, explain
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
-from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.manifest import METADATA
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part, stream_kind
+from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part
 from sherl_pipe.cache.stores import Store, writing
 from sherl_pipe.cache.stream_writer import StreamWriter
 
@@ -31,19 +32,27 @@ class CacheWriter:
     def open(cls, path: str | Place, identity: Identity) -> Iterator[CacheWriter]:
         """Lock the cache at `path`, a folder or a URL, creating it if need be.
 
+        Taps of `identity` that the cache lacks are added to it: from now on every stream has to be
+        extended by streams of them (`Identity.parts`). Those that are there stay.
+
         Raises:
             LockedError: another process writes it.
-            StaleCacheError: it was made with another identity.
+            StaleCacheError: it was made with another identity, taps aside.
+            CorruptCacheError: what says which taps were added is damaged.
             StorageError: the storage refuses.
         """
         with writing(path) as store:
             store.remove_partials()
             catalogue.begin(store)
-            if store.exists(METADATA):
-                read_root(store)[0].require(identity, str(store.root))
+            found = stored_identity(store)
+            if found is not None:
+                found.require(identity, str(store.root))
+                if missing := found.missing(identity):
+                    found = declare(store, found, missing)
             else:
-                store.create(METADATA, group_metadata({ATTRIBUTE: identity.to_json()}))
-            yield cls(store, identity)
+                found = replace(identity, added=())
+                store.create(METADATA, group_metadata({ATTRIBUTE: found.to_json()}))
+            yield cls(store, found)
 
     def stream(
         self,
@@ -57,7 +66,7 @@ class CacheWriter:
 
         Args:
             split: such as `sst2/train`.
-            stream: `encoder`, `hidden`, or `decoder-<tree>`.
+            stream: `encoder`, `hidden`, or `decoder-<tree>`; of added taps `hidden.<n>`, ....
             ids: example ids in the data's order, one per row of `layout.index`.
             layout: where every example lies.
             notes: JSON kept in the manifest; part of what must agree on resume.
@@ -70,10 +79,7 @@ class CacheWriter:
             UnsafeError: an odd name.
         """
         base = f"{check_name(split)}/{check_part(stream, 'stream')}"
-        if stream_kind(stream) not in self.identity.streams:
-            raise InputError(
-                explain("stream", expected=f"one of {sorted(self.identity.streams)}", found=stream)
-            )
+        _ = self.identity.spec(stream)
         check_layout(layout, base)
         return StreamWriter(self.store, self.identity, split, stream, ids, layout, notes)
 

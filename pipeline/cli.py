@@ -12,6 +12,7 @@ from sherl_pipe.pipeline.options import (
     DEVICE,
     EXTRACT,
     FOLDER,
+    IMAGE_COLUMN,
     JSON,
     LABEL_COLUMN,
     MOVED,
@@ -61,8 +62,8 @@ def plan(tunings: int | None, as_json: bool, **options: Any) -> None:
     """
     from sherl_pipe.pipeline.config import make_config
 
-    names = "method", "reduction", "late", "epochs", "batch_size", "residency", "memory_budget"
-    tune = {name: options.pop(name) for name in names}
+    names = "method", "preset", "reduction", "late", "epochs", "batch_size", "residency"
+    tune = {name: options.pop(name) for name in (*names, "memory_budget")}
     config = make_config({**extract_values(options), "tune": tune}, "plan")
     _plan(config, tunings=tunings, as_json=as_json)
 
@@ -108,11 +109,19 @@ def run(config: Path | None) -> None:
         MOVED,
         click.option("--text", "texts", multiple=True, help="Repeatable; pairs: two for each."),
         click.option(
+            "--image",
+            "images",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Repeatable.",
+        ),
+        click.option(
             "--file",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="jsonl, csv, tsv or parquet.",
         ),
         TEXT_COLUMNS,
+        IMAGE_COLUMN,
         DEVICE,
         JSON,
     ]
@@ -121,23 +130,24 @@ def predict(
     adapter: Path,
     model: str | None,
     texts: tuple[str, ...],
+    images: tuple[Path, ...],
     file: Path | None,
     text_columns: tuple[str, ...],
+    image_column: str | None,
     device: str,
     as_json: bool,
 ) -> None:
     """Answer with an adapter on the live backbone."""
-    if bool(texts) == (file is not None):
-        raise click.UsageError("give either --text or --file")
+    if sum((bool(texts), bool(images), file is not None)) != 1:
+        raise click.UsageError("give --text, --image or --file, and one of them only")
     from sherl_pipe.pipeline import console
     from sherl_pipe.pipeline.predict import Predictor
 
     predictor = Predictor(adapter, model=model, device=device)
-    rows = (
-        predictor.rows_of_texts(texts)
-        if file is None
-        else predictor.rows_of_file(file, text_columns)
-    )
+    if file is not None:
+        rows = predictor.rows_of_file(file, text_columns, image_column)
+    else:
+        rows = predictor.rows_of_images(images) if images else predictor.rows_of_texts(texts)
     with console.bars() as bars:
         answers = predictor.predict(rows, bars)
     if as_json:
@@ -153,7 +163,11 @@ def predict(
         for answer in answers
     ]
     console.results().print(
-        console.table("", (predictor.config.task, "probability", "text"), cells)
+        console.table(
+            "",
+            (predictor.config.task, "probability", "image" if predictor.images else "text"),
+            cells,
+        )
     )
 
 
@@ -217,10 +231,12 @@ def verify(cache: Place) -> None:
             multiple=True,
             required=True,
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Labels with ids or texts; train.jsonl, validation.jsonl, ... (repeatable).",
+            help="Labels with ids, texts or images; train.jsonl, validation.jsonl, ... "
+            "(repeatable).",
         ),
         click.option("--role", help="Split of the labels.  [default: the file's name]"),
         TEXT_COLUMNS,
+        IMAGE_COLUMN,
         LABEL_COLUMN,
         click.option("--id-column", help="Column with example ids, instead of texts."),
         click.option("--partial", is_flag=True, help="Examples without a label are fine."),

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which texts and labels.
+    """Which texts or images, and which labels.
 
     `source` is `demo`, `glue`, `glue/<task>`, another hub id, a folder, or one file; None follows
     the model: the demo's own corpus for `demo`, GLUE for any other.
@@ -51,6 +51,7 @@ class DataConfig(Section):
     source: str | None = None
     tasks: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
+    image_column: str | None = None
     label_column: str | None = None
     limit: Positive | None = None
 
@@ -68,10 +69,11 @@ class ExtractConfig(Section):
 
 
 class TuneConfig(Section):
-    """Stage two. None leaves a setting to the method or to the model's family."""
+    """Stage two. None leaves a setting to the preset, the method or the model's family."""
 
     tasks: tuple[str, ...] = ()
     method: str = "sherl"
+    preset: Literal["paper"] | None = None
     reduction: Positive | None = None
     late: Annotated[Integer, Field(ge=0)] | None = None
     lr: tuple[Rate, ...] = ()
@@ -84,7 +86,7 @@ class TuneConfig(Section):
     init: Literal["residual", "paper", "random", "fisher"] | None = None
     pool: Literal["mean", "first", "last"] | None = None
     head: Literal["random", "probe"] | None = None
-    loss: Literal["words", "vocabulary"] = "words"
+    loss: Literal["words", "vocabulary"] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     together: Positive = 8
     residency: Literal["auto", "device", "host", "stream"] = "auto"

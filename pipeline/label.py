@@ -1,4 +1,4 @@
-"""Attach labels to texts that a cache already holds, joined by id."""
+"""Attach labels to texts or images that a cache already holds, joined by id."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.cache.fingerprint import ID_BYTES, example_id
+from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.data import Source, load_sources
 from sherl_pipe.stages.targets import encode_label, task_spec
-from sherl_pipe.stages.templates import Template
+from sherl_pipe.stages.templates import PictureTemplate, Template
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class LabelOptions:
     """How a label file is read.
 
     Attributes:
-        id_column: hexadecimal example ids; else ids are made from the text columns.
+        id_column: hexadecimal example ids; else ids are made from the text columns, or from the
+            images that the image column names.
         role: of the labels; the file's stem where None.
         partial: accept examples of the split that get no label.
     """
 
     text_columns: tuple[str, ...] = ()
+    image_column: str | None = None
     label_column: str | None = None
     id_column: str | None = None
     role: str | None = None
@@ -87,7 +89,20 @@ def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[
     columns = options.text_columns
     if options.id_column and not columns:
         columns = (options.id_column,)
-    (source,) = load_sources(str(file), text_columns=columns, label_column=options.label_column)
+    pictures = any(isinstance(each, PictureTemplate) for each in cache_templates(cache))
+    for name, given in (("text", options.text_columns), ("image", options.image_column)):
+        if given and pictures == (name == "text"):
+            kind = "images" if pictures else "texts"
+            raise InputError(
+                explain(f"{name} column", expected=f"none: the cache holds {kind}", found=given)
+            )
+    (source,) = load_sources(
+        str(file),
+        text_columns=columns,
+        label_column=options.label_column,
+        images=pictures and not options.id_column,
+        image_column=options.image_column,
+    )
     if source.label_column is None:
         raise InputError(
             explain(
@@ -128,11 +143,13 @@ def _ids_by_text(cache: FeatureCache, source: Source, options: LabelOptions) -> 
     best: tuple[int, list[bytes]] | None = None
     named = options.text_columns
     for template in cache_templates(cache):
+        if isinstance(template, PictureTemplate):
+            return source.ids(template.reading(source.columns))
         if named and len(named) == len(template.columns):
             template = template.reading(named)
         if not set(template.columns) <= source.rows[0].keys():
             continue
-        ids = [example_id(texts) for texts in source.texts(template)]
+        ids = source.ids(template)
         known = sum(identity in cache.places for identity in ids)
         if best is None or known > best[0]:
             best = known, ids
@@ -174,8 +191,8 @@ def _check_ids(
         where = f"{source.origin}, row {number + 1}"
         if identity not in cache.places:
             raise InputError(
-                f"{where}: example {identity.hex()} is not in the cache {cache.path}. Extract its "
-                f"text first, or remove the row: {_short(source.rows[number])}"
+                f"{where}: example {identity.hex()} is not in the cache {cache.path}. Extract it "
+                f"first, or remove the row: {_short(source.rows[number])}"
             )
         if options.id_column and labels.setdefault(identity, value) != value:
             raise InputError(

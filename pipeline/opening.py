@@ -34,11 +34,13 @@ from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
 from sherl_pipe.stages.extract import identify
 from sherl_pipe.stages.families import Family
+from sherl_pipe.stages.inputs import family_of_model, load_preprocessor
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.pictures import PictureReader
+from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.targets import label_tables
 from sherl_pipe.stages.templates import Template, make_template
-from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.words import PrefixTree
 
 # Parameters below which threads do not pay.
@@ -75,16 +77,22 @@ class Prepared:
     loading_seconds: float
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     """Find data and model of an extraction; refuse what would fail later.
+
+    `progress` is told of images that are read to name them.
 
     Raises what loading raises, and InputError, UnsafeError for data that cannot be used.
     """
     begun = time.perf_counter()
     data, path = config.data, check_folder(config.cache_path, "cache")
+    images = family_of_model(config.model, config.revision).images
+    _check_columns(config, images)
     sources = load_sources(
         config.data_source,
         text_columns=data.text_columns,
+        image_column=data.image_column,
+        images=images,
         label_column=data.label_column,
         tasks=data.tasks,
         limit=data.limit,
@@ -97,10 +105,16 @@ def prepare(config: RunConfig) -> Prepared:
     family = backbone.family
     templates = {
         source.name: make_template(
-            identity.template, source.task, source.columns, joined=family.joined
+            identity.template,
+            source.task,
+            source.columns,
+            joined=family.joined,
+            images=family.images,
         )
         for source in sources
     }
+    for source in sources if images else ():
+        source.ids(templates[source.name], progress)  # read all of them before anything is written
     tables = label_tables(sources, templates)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
@@ -118,6 +132,30 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
+def _check_columns(config: RunConfig, images: bool) -> None:
+    """Raise InputError for columns that the backbone does not read, and for images without data."""
+    data = config.data
+    wrong, right = ("text", "image") if images else ("image", "text")
+    if data.text_columns if images else data.image_column:
+        raise InputError(
+            explain(
+                f"{wrong} column",
+                expected=f"none: {config.model} reads {right}s",
+                found=repr(data.text_columns if images else data.image_column),
+                todo=f"Name the column with --{right}-column.",
+            )
+        )
+    if images and data.source is None:
+        raise InputError(
+            explain(
+                "data",
+                expected=f"images, for {config.model}",
+                found="none",
+                todo="Point --data at a folder <task>/<split>/<class>/*, or at a file.",
+            )
+        )
+
+
 def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
     """The backbone as the config wants it, its tokenizer, and the identity of their cache."""
     settings = config.extract
@@ -128,14 +166,17 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
         device=pick_device(config.device),
     )
     spare_threads(backbone)
-    tokenizer = load_tokenizer(config.model, config.revision)
+    tokenizer = load_preprocessor(config.model, config.revision)
     # The demo's tasks label the same sentences.
     named = backbone.family.seq2seq and config.data_source != DEMO_DATA
+    longest = settings.max_length
+    if isinstance(tokenizer, PictureReader):
+        longest = tokenizer.tokens(backbone)  # as many of every image
     identity = identify(
         backbone,
         tokenizer,
         template=settings.template or ("task" if named else "neutral"),
-        max_length=min(settings.max_length, positions(backbone) or settings.max_length),
+        max_length=min(longest, positions(backbone) or longest),
         codec=CODECS[settings.codec],
         taps=settings.taps,
         versions=versions(),
@@ -233,15 +274,18 @@ def held_examples(path: Place) -> dict[bytes, str]:
 
 
 def method_settings(tune: TuneConfig, streams: Mapping[str, StreamSpec]) -> dict[str, Any]:
-    """The settings that methods have defaults of: `reduction`, `late`, `init` and `head`.
+    """The settings that methods have defaults of: `reduction`, `late`, `init`, `head` and `loss`.
 
     Args:
-        tune: None there leaves a setting to the method.
+        tune: None there leaves a setting to its preset, and that to the method.
         streams: what the cache holds, or will hold.
 
     Raises InputError for an unknown method.
     """
-    usual = {"head": TuneSettings.head, **find_method(tune.method).usual_for(streams)}
+    method = find_method(tune.method)
+    usual = {"head": TuneSettings.head, "loss": TuneSettings.loss, **method.usual_for(streams)}
+    if tune.preset == "paper":
+        usual |= method.published_for(streams)
     asked = {name: getattr(tune, name) for name in usual}
     return {name: usual[name] if found is None else found for name, found in asked.items()}
 
@@ -267,7 +311,6 @@ def tunings(
         weight_decay=tune.weight_decay,
         clip=tune.clip,
         pool=tune.pool or family.pool,
-        loss=tune.loss,
         precision=tune.precision,
     )
     every = (replace(base, lr=lr, seed=seed) for lr in rates for seed in tune.seed)

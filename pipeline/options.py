@@ -48,10 +48,19 @@ JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 TEXT_COLUMNS = click.option(
     "--text-column", "text_columns", multiple=True, help="Column with the text; twice for pairs."
 )
+IMAGE_COLUMN = click.option(
+    "--image-column", help="Column with the path, relative to the file, or the bytes of an image."
+)
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
 
 METHOD = click.option(
-    "--method", default="sherl", help="sherl, lst, dtl, unipt, weighted or linear."
+    "--method", default="sherl", help="sherl, lst, dtl, dtl+, unipt, weighted or linear."
+)
+PRESET = click.option(
+    "--preset",
+    type=click.Choice(["paper"]),
+    help="paper: --late, --init, --head and --loss as the method was published; each of them that "
+    "is given too wins.  [default: what did best here]",
 )
 REDUCTION = click.option(
     "--reduction",
@@ -86,7 +95,8 @@ EXTRACT = [
         "--data",
         "source",
         help="glue, glue/<task>, another hub id, a folder NAME/<task>/<split>.jsonl|csv|tsv|"
-        "parquet, one such file, or demo.  [default: glue; demo for --model demo]",
+        "parquet, one such file, or demo; for a model of images also a folder "
+        "NAME/<task>/<split>/<class>/*.png|jpg|....  [default: glue; demo for --model demo]",
     ),
     click.option(
         "--cache",
@@ -96,6 +106,7 @@ EXTRACT = [
     ),
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     TEXT_COLUMNS,
+    IMAGE_COLUMN,
     LABEL_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
     click.option(
@@ -104,14 +115,20 @@ EXTRACT = [
         default="int8",
         help="How features are stored.",
     ),
-    click.option("--taps", default="paper", help="paper, all, or numbers: 0,4,8."),
+    click.option(
+        "--taps",
+        default="paper",
+        help="paper, all, or numbers: 0,4,8. Those that an existing cache lacks are added to it.",
+    ),
     click.option(
         "--template",
         type=click.Choice(["task", "neutral"]),
         help="Whether inputs carry the task's name; neutral lets one text serve many tasks.  "
         "[default: task for text-to-text models, neutral for encoders]",
     ),
-    click.option("--max-length", type=click.IntRange(1), default=128, help="Tokens."),
+    click.option(
+        "--max-length", type=click.IntRange(1), default=128, help="Tokens of a text at most."
+    ),
     click.option(
         "--batch-tokens", type=click.IntRange(1), default=4096, help="Padded tokens a batch."
     ),
@@ -134,6 +151,7 @@ TUNE = [
     TEXT_COLUMNS,
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     METHOD,
+    PRESET,
     REDUCTION,
     LATE,
     click.option("--lr", type=float, multiple=True, help="Peak learning rate (repeatable)."),
@@ -153,7 +171,8 @@ TUNE = [
     click.option(
         "--pool",
         type=click.Choice(["mean", "first", "last"]),
-        help="What a pooled head reads of the tokens.  [default: mean; last for causal models]",
+        help="What a pooled head reads of the tokens, of images the mean of the patches or, with "
+        "first, the class token.  [default: mean; last for causal models]",
     ),
     click.option(
         "--head",
@@ -164,8 +183,7 @@ TUNE = [
     click.option(
         "--loss",
         type=click.Choice(["words", "vocabulary"]),
-        default="words",
-        help="What label words of a text-to-text model compete with.",
+        help="What label words of a text-to-text model compete with.  [default: words]",
     ),
     click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32"),
     click.option(
@@ -200,6 +218,7 @@ TUNE = [
 PLAN = [
     *EXTRACT,
     METHOD,
+    PRESET,
     REDUCTION,
     LATE,
     EPOCHS,
@@ -219,7 +238,8 @@ def extract_values(options: dict[str, Any]) -> dict[str, Any]:
     """The values of EXTRACT's options, as `RunConfig` has them."""
     rest = dict(options)
     data = {
-        key: rest.pop(key) for key in ("source", "tasks", "text_columns", "label_column", "limit")
+        key: rest.pop(key)
+        for key in ("source", "tasks", "text_columns", "image_column", "label_column", "limit")
     }
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}

@@ -12,9 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sherl_pipe.cache import CODECS, CacheWriter, FeatureCache, InputError, LabelTable, StorageError
+from sherl_pipe.cache import (
+    CODECS,
+    CacheWriter,
+    FeatureCache,
+    Identity,
+    InputError,
+    LabelTable,
+    StorageError,
+    StreamSpec,
+)
 from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.place import Place
+from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
@@ -38,6 +48,9 @@ SECONDS = 1.5
 ROOM = 1 << 30
 # Rows of a label table whose size is measured.
 LABEL_ROWS = 2000
+# An addition takes about as much as if its first tap were so many: it has none before it to be
+# coded against, and the others are further apart (docs/codecs.md, on the safe side).
+FIRST_TAP = 1.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
     Raises what an extraction raises before and at its first shard.
     """
     budget = parse_bytes(config.tune.memory_budget)
-    ready = prepare(config)
+    ready = prepare(config, bars)
     begun = time.perf_counter()
     say(f"plan: {config.model} on {ready.backbone.device}; measuring for some seconds")
     setup = _setup(ready)
@@ -124,10 +137,13 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     if free is None:
         return
     trees = _trees_of(ready)
+    cache = _begun(ready)
+    if cache is not None:  # what it has stays, and new texts get all of it
+        missing = cache.identity.missing(ready.identity)
+        ready = replace(ready, identity=_whole(cache.identity, missing))
     if upper_bound(ready.sources, trees, ready.identity) <= free:
         return
     say("extract: the disk is not obviously large enough; measuring a sample")
-    cache = _begun(ready)
     setup = _setup(ready)
     counted, needed = _count(ready, held_examples(ready.path) if cache else {}, bars)
     if not any(split.ids for split in counted.splits):
@@ -138,7 +154,8 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     need = 0 if open_store(ready.path).exists(RECORD) else _other_bytes(ready)
     for amount in _amounts(setup, counted, needed):
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
-        need += round(size * (_left(cache, amount) if cache is not None else 1))
+        taps = len(ready.identity.spec(amount.stream).taps)
+        need += round(size * (_left(cache, amount, taps) if cache is not None else 1))
     if need > free:
         raise StorageError(
             errno.ENOSPC,
@@ -159,12 +176,34 @@ def _begun(ready: Prepared) -> FeatureCache | None:
     return FeatureCache(store, identity, root)
 
 
-def _left(cache: FeatureCache, amount: Amount) -> float:
-    """The share of a stream that is still to be written."""
-    if amount.split in cache.splits and amount.stream in cache.streams(amount.split):
-        return 0.0
-    done, shards = cache.incomplete.get(f"{amount.split}/{amount.stream}", (0, 0))
-    return 1 - done / max(1, shards)
+def _whole(identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:
+    """A cache as it would be if all of its taps had been extracted at once."""
+    streams = {}
+    for name in identity.streams:
+        spec, more = identity.held(name), missing[name].taps if name in missing else ()
+        streams[name] = replace(spec, taps=tuple(sorted((*spec.taps, *more))))
+    return replace(identity, streams=streams, added=())
+
+
+def _left(cache: FeatureCache, amount: Amount, taps: int | None = None) -> float:
+    """The share of a stream that is still to be written; of `taps` in all, by default those that
+    the cache has.
+
+    The first tap of an addition is coded without one before it, which takes more.
+    """
+    kind = stream_kind(amount.stream)
+    whole = amount.split in cache.splits and amount.stream in cache.streams(amount.split)
+    left, known = 0.0, 0
+    for number, part in enumerate(cache.identity.parts(amount.stream)):
+        own = len(cache.identity.spec(part).taps)
+        known += own
+        done, shards = cache.incomplete.get(f"{amount.split}/{part}", (0, 0))
+        share = 1 - done / shards if shards else float(not whole)
+        left += share * (own + (FIRST_TAP - 1 if number else 0))
+    every = taps or len(cache.identity.held(kind).taps)
+    if every > known:
+        left += every - known + FIRST_TAP - 1
+    return left / every
 
 
 def _setup(ready: Prepared) -> Setup:

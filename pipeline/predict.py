@@ -15,16 +15,17 @@ from sherl_pipe.pipeline.opening import pick_device
 from sherl_pipe.stages.adapter import TunedModel, load_route, read_adapter
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import check_text, load_sources
+from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor, read_inputs
+from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.task import predictions
-from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer, tokenize
+from sherl_pipe.stages.templates import Input, PictureTemplate, Template
 from sherl_pipe.stages.words import PrefixTree, Scoring
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One input's answer: `label` is a class name or a number; `probability` is of that class,
-    None for numbers."""
+    None for numbers. `text` are the segments, or the name of the image."""
 
     text: tuple[str, ...]
     label: str | float
@@ -48,8 +49,8 @@ class Predictor:
         revision = config.backbone.get("revision")
         backbone = load_backbone(name, revision=revision, device=pick_device(device))
         self.config, route = load_route(folder, backbone)
-        self.tokenizer = load_tokenizer(name, revision)
-        check_tokenizer(config.tokenizer, self.tokenizer, str(folder))
+        self.tokenizer = load_preprocessor(name, revision)
+        check_preprocessor(config.tokenizer, self.tokenizer, str(folder))
         self.template = Template.from_json(config.template)
         self.device = backbone.device
         self.model = TunedModel(backbone, route).eval()
@@ -58,8 +59,21 @@ class Predictor:
             tree = PrefixTree.of_words(config.labels.words, self.tokenizer, backbone.start)
             self.scoring = Scoring.of(tree, config.loss)
 
-    def rows_of_texts(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    @property
+    def images(self) -> bool:
+        """Whether inputs are images."""
+        return isinstance(self.template, PictureTemplate)
+
+    def rows_of_images(self, files: Sequence[Path]) -> list[Input]:
+        """Images from the command line."""
+        if not self.images:
+            raise _other_inputs("--image", "--text", "texts")
+        return [Picture(file, str(file)) for file in files]
+
+    def rows_of_texts(self, texts: Sequence[str]) -> list[Input]:
         """Texts from the command line; for pairs, two and two belong together."""
+        if self.images:
+            raise _other_inputs("--text", "--image", "images")
         columns = self.template.columns
         if len(texts) % len(columns):
             raise InputError(
@@ -74,8 +88,17 @@ class Predictor:
         groups = [texts[at : at + len(columns)] for at in range(0, len(texts), len(columns))]
         return [self.template.render(dict(zip(columns, group, strict=True))) for group in groups]
 
-    def rows_of_file(self, file: Path, text_columns: Sequence[str]) -> list[tuple[str, ...]]:
-        """Texts of a data file, under the columns of the adapter or the ones named."""
+    def rows_of_file(
+        self, file: Path, text_columns: Sequence[str], image_column: str | None = None
+    ) -> list[Input]:
+        """Texts or images of a data file, under the columns of the adapter or the ones named."""
+        if self.images:
+            if text_columns:
+                raise _other_inputs("--text-column", "--image-column", "images")
+            (source,) = load_sources(str(file), images=True, image_column=image_column)
+            return source.inputs(self.template.reading(source.columns))
+        if image_column:
+            raise _other_inputs("--image-column", "--text-column", "texts")
         columns = tuple(text_columns) or self.template.columns
         if len(columns) != len(self.template.columns):
             raise InputError(
@@ -86,13 +109,14 @@ class Predictor:
                 )
             )
         (source,) = load_sources(str(file), text_columns=columns)
-        return source.texts(self.template.reading(columns))
+        return source.inputs(self.template.reading(columns))
 
     def predict(
-        self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
+        self, inputs: Sequence[Input], bars: Bars, batch_size: int = 32
     ) -> list[Prediction]:
-        """Answers for rendered texts, in their order."""
-        outputs = self.outputs(texts, bars, batch_size)
+        """Answers for rendered texts or images, in their order."""
+        outputs = self.outputs(inputs, bars, batch_size)
+        texts = [(each.origin,) if isinstance(each, Picture) else each for each in inputs]
         spec = self.config.labels
         answers = predictions(spec, outputs, self.config.scaling)
         if spec.kind == "regression":
@@ -106,11 +130,9 @@ class Predictor:
             for text, answer, share in zip(texts, answers, shares, strict=True)
         ]
 
-    def outputs(
-        self, texts: Sequence[tuple[str, ...]], bars: Bars, batch_size: int = 32
-    ) -> torch.Tensor:
+    def outputs(self, texts: Sequence[Input], bars: Bars, batch_size: int = 32) -> torch.Tensor:
         """Head outputs or word scores `[N, C]`."""
-        tokens = tokenize(self.tokenizer, texts, self.config.max_length)
+        tokens = read_inputs(self.tokenizer, texts, self.config.max_length)
         pad = self.tokenizer.pad_token_id or 0
         found = []
         with torch.inference_mode():
@@ -124,3 +146,9 @@ class Predictor:
                     found.append(self.model(**inputs).logits.float().cpu())
                 bars("predicting", members[-1] + 1, len(texts), "examples")
         return torch.cat(found)
+
+
+def _other_inputs(wrong: str, right: str, kind: str) -> InputError:
+    return InputError(
+        explain(wrong, expected=f"{right}: the adapter reads {kind}", found=f"{wrong}")
+    )

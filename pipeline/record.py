@@ -14,7 +14,7 @@ from sherl_pipe.cache.stores import open_store
 
 # Of the last extraction into a cache that went to its end.
 RECORD = "_run.json"
-PACKAGES = ("sherl-pipe", "torch", "transformers", "zarr", "numcodecs", "numpy")
+PACKAGES = ("sherl-pipe", "torch", "transformers", "zarr", "numcodecs", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:

@@ -85,6 +85,7 @@ def describe(cache: FeatureCache) -> dict[str, Any]:
                 "tokens": stream.rows,
                 "shards": stream.layout.shards,
                 "taps": list(stream.spec.taps),
+                **({"added": stream.parts[1:]} if stream.parts[1:] else {}),
                 "width": stream.spec.width,
                 "values": values,
                 "bytes": stream.stored_bytes,

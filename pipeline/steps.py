@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError, TaskSpec
 from sherl_pipe.cache.stores import open_store
+from sherl_pipe.pipeline.added import (
+    naming_the_extraction,
+    say_what_is_added,
+    say_what_is_left,
+    specs_of,
+)
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import (
@@ -29,13 +36,14 @@ from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.pipeline.record import RECORD, write_record
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report, missing_words
+from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
 from sherl_pipe.stages.memory import keep_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pack import Outcome, Pack, packs
 from sherl_pipe.stages.part import load_part
-from sherl_pipe.stages.settings import TuneResult
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.tokens import check_tokenizer, load_tokenizer
+from sherl_pipe.stages.tokens import load_tokenizer
 from sherl_pipe.stages.tune import Tuner
 from sherl_pipe.stages.words import tokens_of
 
@@ -46,9 +54,10 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     Raises what loading, extraction and storage raise; StorageError before anything is written
     where the disk cannot hold it.
     """
-    ready = prepare(config)
+    ready = prepare(config, bars)
     path, identity = ready.path, ready.identity
     say(_before_extract(ready))
+    say_what_is_added(path, identity)
     require_space(ready, bars)
     reports = []
     with CacheWriter.open(path, identity) as writer:
@@ -63,22 +72,26 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
         )
         known = held_examples(path)
         for source in ready.sources:
-            reports.append(extractor.split(source, ready.templates[source.name], known))
+            reports += extractor.split(source, ready.templates[source.name], known)
         for table in ready.tables:
             changed = writer.write_labels(table)
             if changed:
                 say(f"labels of {table.task}/{table.role}: {changed} rows new or changed")
         if ready.backbone.family.seq2seq:
-            reports += _extract_words(extractor, FeatureCache.open(path))
-        where = {"path": str(path), "identity": identity.fingerprint()}
+            reports += _extract_words(extractor, FeatureCache.open(path), whole=True)
+        where = {"path": str(path), "identity": writer.identity.fingerprint()}
         write_record(path, config.model_dump(mode="json"), where, name=RECORD)
+    say_what_is_left(FeatureCache.open(path))
     return reports
 
 
-def _extract_words(extractor: Extractor, cache: FeatureCache) -> list[Report]:
-    """Decoder states that label words still lack, from the cached encoder."""
-    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start)
-    return [extractor.words(cache, split, tree) for split, tree in missing]
+def _extract_words(
+    extractor: Extractor, cache: FeatureCache, *, whole: bool = False
+) -> list[Report]:
+    """Decoder states that label words still lack, from the cached encoder; with `whole`, those of
+    added taps too."""
+    missing = missing_words(cache, extractor.tokenizer, extractor.backbone.start, whole=whole)
+    return [each for split, tree in missing for each in extractor.words(cache, split, tree)]
 
 
 def _before_extract(ready: Prepared) -> str:
@@ -109,7 +122,7 @@ def open_for_tuning(
     """
     keep_freed_memory()
     cache = FeatureCache.open(config.cache_path, copies=copies(config))
-    own = method_settings(config.tune, cache.identity.streams)
+    own = method_settings(config.tune, specs_of(cache, config.tune.tasks))
     late = find_method(config.tune.method).late_blocks(own["late"])
     name = model or str(cache.identity.backbone["name"])
     revision = cache.identity.backbone.get("revision")
@@ -117,16 +130,17 @@ def open_for_tuning(
     # The late route trains in float32 whatever the features were computed in.
     load_whole = partial(load_backbone, name, revision=revision, device=device)
     if whole:
-        backbone, tokenizer = load_whole(), load_tokenizer(name, revision)
+        backbone, tokenizer = load_whole(), load_preprocessor(name, revision)
     else:
-        tokenizer = load_tokenizer(name, revision)
+        tokenizer = load_preprocessor(name, revision)
         tables = [table for roles in cache.tasks.values() for table in roles.values()]
         words = [word for table in tables for word in table.spec.words]
-        tokens = tokens_of(words, tokenizer) if config.tune.loss == "words" else None
+        scored = "decoder" in cache.identity.streams and own["loss"] == "words"
+        tokens = tokens_of(words, tokenizer) if scored else None
         backbone = load_part(name, late, tokens=tokens, revision=revision, device=device)
     backbone.require(cache.identity.backbone, str(cache.path))
     spare_threads(backbone)
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
     if backbone.family.seq2seq and missing_words(cache, tokenizer, backbone.start):
         # Attached after the extraction; in the dtype of the other features.
         full = backbone if backbone.whole else load_whole()
@@ -141,7 +155,7 @@ def word_check(cache: FeatureCache, model: str | None = None) -> Callable[[str, 
     """What refuses label words that the cache's tokenizer cannot tell apart."""
     name = model or str(cache.identity.backbone["name"])
     tokenizer = load_tokenizer(name, cache.identity.backbone.get("revision"))
-    check_tokenizer(cache.identity.tokenizer, tokenizer, str(cache.path))
+    check_preprocessor(cache.identity.tokenizer, tokenizer, str(cache.path))
 
     return lambda task, spec: check_words(task, spec, tokenizer)
 
@@ -162,8 +176,11 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
         )
     # All of them first: a name that is wrong must not wait for the tunings before it.
     tasks = [Task(cache, name, backbone, tokenizer) for name in dict.fromkeys(names)]
-    wanted = tunings(config, backbone.family, cache.identity.streams)
+    wanted = tunings(config, backbone.family, specs_of(cache, names))
     asked = [(task, settings) for task in tasks for settings in wanted]
+    with naming_the_extraction(cache.path):
+        for task, settings in asked:
+            _ = task.route_spec(settings)
     budget, where = parse_bytes(tune.memory_budget), _where(cache)
     pruning = Pruning(config, cache, tokenizer, model, bars)
     outcomes: dict[tuple[str, str], Outcome] = {}
@@ -184,7 +201,7 @@ def run_tune(config: RunConfig, bars: Bars, model: str | None = None) -> list[Tu
             outcomes[tuner.task.name, tuner.settings.name] = outcome
             # An interruption may have come between the two files.
             if isinstance(outcome, TuneResult) and not (tuner.folder / "run.json").is_file():
-                write_record(tuner.folder, config.model_dump(mode="json"), where)
+                write_record(tuner.folder, _resolved(config, tuner.settings), where)
     found = [outcomes[task.name, settings.name] for task, settings in asked]
     for outcome in found:
         if isinstance(outcome, NonFiniteError):
@@ -214,6 +231,15 @@ def _one_pass(tuners: Sequence[Tuner], pruning: Pruning, bars: Bars) -> list[Out
     )
     fresh = iter(pack.run(bars))
     return [next(fresh) if result is None else result for result in done]
+
+
+def _resolved(config: RunConfig, settings: TuneSettings) -> dict[str, Any]:
+    """The config as JSON, with what a tuning's method and preset made of it."""
+    body = config.model_dump(mode="json")
+    chosen = {name: value for name, value in asdict(settings).items() if name in body["tune"]}
+    for name in ("lr", "seed"):
+        chosen[name] = [chosen[name]]
+    return {**body, "tune": {**body["tune"], **chosen}}
 
 
 def _where(cache: FeatureCache) -> dict[str, str]:

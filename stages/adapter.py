@@ -35,9 +35,9 @@ class AdapterConfig:
         labels: kind, classes, words, metrics.
         route: structure of the tuned modules.
         backbone: `name`, `revision`, `fingerprint`, `config` of the backbone.
-        tokenizer: fingerprint.
-        template: how columns become texts, as `Template.to_json` writes it.
-        max_length: tokens after which an input is cut.
+        tokenizer: fingerprint; of an image processor where inputs are images.
+        template: how columns become inputs, as `Template.to_json` writes it.
+        max_length: tokens after which an input is cut; those of every image.
         scaling: (mean, spread) of regression labels.
         loss: how label words are scored, as they were trained.
     """
@@ -47,7 +47,7 @@ class AdapterConfig:
     route: RouteSpec
     backbone: Mapping[str, Any]
     tokenizer: str
-    template: list[Any]
+    template: Any
     max_length: int
     scaling: tuple[float, float]
     loss: str
@@ -97,20 +97,29 @@ class TunedModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """One forward pass.
 
         Args:
             input_ids: `[B, S]`.
+            pixel_values: `[B, channels, height, width]`, of a model of images and in place of
+                `input_ids`.
             attention_mask: `[B, S]`, 1 where there is a token; all ones by default.
             labels: token ids `[B, P]` with -100 where there is none (text-to-text), class
                 numbers `[B]` or floats `[B]` (pooled head; mean squared error for one output).
             inputs: handed on to the backbone (`decoder_input_ids`, `token_type_ids`, ...).
         """
+        if self._family.images:
+            states = self.model(pixel_values=pixel_values, **inputs).last_hidden_state
+            return self._answers(states, states.new_ones(states.shape[:2]), labels)
+        if input_ids is None:
+            raise TypeError("input_ids are missing")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if self._family.seq2seq:
@@ -125,14 +134,17 @@ class TunedModel(nn.Module):
     def _pooled_forward(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, inputs: dict[str, Any]
     ) -> Any:
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
         if self._family.numbered:
             # Padding in front of the tokens does not move them.
             inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
         states = self.model(input_ids=input_ids, attention_mask=mask, **inputs).last_hidden_state
+        return self._answers(states, mask, labels)
+
+    def _answers(self, states: Tensor, mask: Tensor, labels: Tensor | None) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
         route: Any = self.route
-        logits = route.head(pooled(states, mask.bool(), route.spec.pool))
+        logits = route.head(pooled(states, mask.bool(), route.spec.pool, route.spec.front))
         loss = None
         if labels is not None and logits.shape[-1] == 1:
             loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype))

@@ -245,5 +245,6 @@ class loading_errors:  # noqa: N801 - reads as a statement: `with loading_errors
         raise InputError(
             f"cannot load the {self.what} of {self.name!r}: it is no folder with one, and the "
             f"hub did not give it ({text[:200]}). Check the name, or point --model at a local "
-            "folder that has config.json, model.safetensors and the tokenizer's files."
+            "folder that has config.json, model.safetensors and the files of its tokenizer or "
+            "image processor."
         ) from error

@@ -11,8 +11,12 @@ from typing import Any
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.stages.files import SUFFIXES, read_rows
-from sherl_pipe.stages.templates import GLUE_COLUMNS, Template
+from sherl_pipe.stages.picture_files import image_column_of, image_folder, pictures_of
+from sherl_pipe.stages.pictures import identify_pictures
+from sherl_pipe.stages.progress import Progress, silent
+from sherl_pipe.stages.templates import GLUE_COLUMNS, Input, PictureTemplate, Template
 
 DEMO_DATA = "demo"
 # What GLUE writes where a test split has labels that are not public.
@@ -27,7 +31,7 @@ class Source:
     Attributes:
         task, role: such as `sst2` and `train`.
         rows: one mapping per row.
-        columns: the text columns.
+        columns: the text columns, or the one that holds images; these are `Picture`s there.
         label_column: None where there are no labels.
         origin: file or hub id, for messages.
     """
@@ -43,6 +47,22 @@ class Source:
     def name(self) -> str:
         """The split's name in a cache."""
         return f"{self.task}/{self.role}"
+
+    def inputs(self, template: Template) -> list[Input]:
+        """The texts or the image of every row. Raises InputError for a missing or odd value."""
+        if isinstance(template, PictureTemplate):
+            return [template.render(row) for row in self.rows]
+        return [*self.texts(template)]
+
+    def ids(self, template: Template, progress: Progress = silent) -> list[bytes]:
+        """The example id of every row.
+
+        Raises InputError for a missing or odd value, and what `Picture.pixels` raises.
+        """
+        if isinstance(template, PictureTemplate):
+            pictures: Any = self.inputs(template)
+            return identify_pictures(pictures, progress)
+        return [example_id(texts) for texts in self.texts(template)]
 
     def texts(self, template: Template) -> list[tuple[str, ...]]:
         """Rendered segments of every row. Raises InputError for a missing or odd value."""
@@ -70,7 +90,8 @@ class Source:
     def _render(self, number: int, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
         for column in template.columns:
             check_text(row.get(column), f"{self.origin}, row {number + 1}, column {column!r}")
-        return template.render(row)
+        texts: Any = template.render(row)
+        return tuple(texts)
 
 
 def check_text(value: Any, where: str) -> None:
@@ -93,6 +114,8 @@ def load_sources(
     label_column: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    images: bool = False,
+    image_column: str | None = None,
 ) -> list[Source]:
     """Find the splits that `data` names.
 
@@ -103,6 +126,10 @@ def load_sources(
         label_column: `label` where it exists by default.
         tasks: keep these only.
         limit: keep the first rows of every split.
+        images: read images: from folders `NAME/<task>/<split>/<class>/*.png` too (see
+            `image_folder`), or from a column of such a file, which holds paths relative to the
+            file, or the bytes of an image as `datasets` keeps them.
+        image_column: holds the images; guessed for the usual names.
 
     Raises InputError naming the file and row.
     """
@@ -112,7 +139,7 @@ def load_sources(
     elif path.is_file():
         found = [(path.stem, "train", read_rows(path), str(path))]
     elif path.is_dir():
-        found = list(_folder(path))
+        found = list(_folder(path)) or (list(image_folder(path)) if images else [])
     else:
         found = list(_hub(data, tasks))
     known = sorted({task for task, *_ in found})
@@ -120,7 +147,8 @@ def load_sources(
         raise InputError(
             explain(
                 f"data {data}",
-                expected=f"files <task>/<split> that end in {', '.join(SUFFIXES)}",
+                expected=f"files <task>/<split> that end in {', '.join(SUFFIXES)}"
+                + (", or images <task>/<split>/<class>/*" if images else ""),
                 found="none",
                 todo="Point --data at such a folder, or at one file.",
             )
@@ -137,7 +165,12 @@ def load_sources(
         rows = rows[:limit] if limit is not None else rows
         if not rows:
             raise InputError(f"{origin} has no rows. Remove it or fill it.")
-        columns, label = _columns(task, rows[0], text_columns, label_column, origin)
+        if images:
+            column = image_column_of(rows[0], image_column, origin)
+            columns, label = _columns(task, rows[0], (column,), label_column, origin)
+            rows = pictures_of(rows, column, origin)
+        else:
+            columns, label = _columns(task, rows[0], text_columns, label_column, origin)
         if role.startswith("test") and all(row.get(label or "") in WITHHELD for row in rows):
             label = None
         sources.append(Source(task, role, rows, columns, label, origin))
@@ -185,6 +218,9 @@ def _hub(data: str, tasks: Sequence[str]) -> Iterator[_Found]:
         datasets.disable_progress_bars()
         for config in wanted:
             for split, content in datasets.load_dataset(name, config).items():
+                for column, kind in content.features.items():
+                    if isinstance(kind, datasets.Image):  # as bytes: they are decoded here
+                        content = content.cast_column(column, datasets.Image(decode=False))
                 if not split.startswith("test"):  # GLUE's test labels are not public
                     origin = f"{name} {config or ''} {split}".replace("  ", " ")
                     yield config or name.rsplit("/", 1)[-1], split, content.to_list(), origin

@@ -16,15 +16,16 @@ from sherl_pipe.cache import (
     StreamSpec,
     StreamWriter,
 )
-from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, shard_capacity
+from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.data import Source
+from sherl_pipe.stages.inputs import preprocessor_fingerprint, read_inputs
 from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
-from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.tokens import Tokens, tokenize, tokenizer_fingerprint
+from sherl_pipe.stages.templates import Input, Template
+from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def identify(
             "config": backbone.config_hash,
             "dtype": str(backbone.dtype).removeprefix("torch."),
         },
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        tokenizer=preprocessor_fingerprint(tokenizer),
         template=template,
         max_length=max_length,
         streams={
@@ -73,13 +74,14 @@ class Inputs:
     Attributes:
         rows: of the data.
         distinct: different inputs among them.
-        texts: rendered segments by example id, of inputs that no split before this one holds.
+        texts: rendered segments, or the image, by example id, of inputs that no split before this
+            one holds.
         template: that rendered them.
     """
 
     rows: int
     distinct: int
-    texts: Mapping[bytes, tuple[str, ...]]
+    texts: Mapping[bytes, Input]
     template: Template
 
     @property
@@ -98,9 +100,9 @@ class Inputs:
 
 def inputs_of(source: Source, template: Template, known: dict[bytes, str]) -> Inputs:
     """The inputs of a split. `known`, the split of every example, gets those of this one."""
-    distinct: dict[bytes, tuple[str, ...]] = {}
-    for texts in source.texts(template):
-        distinct.setdefault(example_id(texts), texts)
+    distinct: dict[bytes, Input] = {}
+    for identity, texts in zip(source.ids(template), source.inputs(template), strict=True):
+        distinct.setdefault(identity, texts)
     here = {
         identity: texts
         for identity, texts in distinct.items()
@@ -146,7 +148,7 @@ class Extractor:
     Args:
         writer: the open cache.
         backbone: the frozen model, on its device.
-        tokenizer: the model's own.
+        tokenizer: the model's own, or its image processor as a `PictureReader`.
         batch_tokens: padded tokens in a batch; bounds memory.
         shard_bytes: size of a full shard before compression.
         progress, announce: told of progress, and once per stream of what will be done.
@@ -168,8 +170,9 @@ class Extractor:
         self.batch_tokens, self.shard_bytes = batch_tokens, shard_bytes
         self.progress, self.announce = progress, announce
 
-    def split(self, source: Source, template: Template, known: dict[bytes, str]) -> Report:
-        """Extract one split into the main stream.
+    def split(self, source: Source, template: Template, known: dict[bytes, str]) -> list[Report]:
+        """Extract one split into the main stream, and into those of taps that were added to the
+        cache. Each of them takes forward passes of its own.
 
         Args:
             source: its rows.
@@ -180,23 +183,26 @@ class Extractor:
         """
         stream = self.backbone.family.main
         inputs = inputs_of(source, template, known)
-        tokens = tokenize(
+        tokens = read_inputs(
             self.tokenizer, list(inputs.texts.values()), self.identity.max_length, self.progress
         )
         spec = self.identity.streams[stream]
         capacity = shard_capacity(spec, self.identity.codec, self.shard_bytes)
         layout = assign(tokens.lengths, capacity, self.identity.seed)
         ids, notes = list(inputs.texts), inputs.notes(tokens)
-        out = self.writer.stream(source.name, stream, ids, layout, notes)
-        report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
-        if out.pending():
-            pad = pad_id(self.tokenizer)
-            pass_ = MainPass(self.backbone, stream, spec, tokens, pad, self.batch_tokens)
-            self._run(out, layout, ids, pass_.states, report)
-        out.finish()
-        return report
+        reports = []
+        for part in self._parts(stream):
+            out = self.writer.stream(source.name, part, ids, layout, notes)
+            report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
+            if out.pending():
+                pad = pad_id(self.tokenizer)
+                pass_ = MainPass(self.backbone, stream, out.spec, tokens, pad, self.batch_tokens)
+                self._run(out, layout, ids, pass_.states, report)
+            out.finish()
+            reports.append(report)
+        return reports
 
-    def words(self, cache: FeatureCache, split: str, tree: PrefixTree) -> Report:
+    def words(self, cache: FeatureCache, split: str, tree: PrefixTree) -> list[Report]:
         """Extract the decoder states of a prefix tree for a split, from its cached encoder.
 
         The encoder is not run: its top tap is read back from the cache.
@@ -206,14 +212,21 @@ class Extractor:
         encoder = cache.stream(split, "encoder")
         layout = same_shards(encoder.layout, len(tree.nodes))
         ids = [row.tobytes() for row in encoder.ids]
-        out = self.writer.stream(split, tree.stream, ids, layout, {"tree": tree.to_json()})
-        report = self._report(out, layout)
-        if out.pending():
-            spec = self.identity.streams["decoder"]
-            pass_ = WordsPass(self.backbone, spec, encoder, tree, self.batch_tokens)
-            self._run(out, layout, ids, pass_.states, report)
-        out.finish()
-        return report
+        reports = []
+        for part in self._parts(tree.stream):
+            out = self.writer.stream(split, part, ids, layout, {"tree": tree.to_json()})
+            report = self._report(out, layout)
+            if out.pending():
+                pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
+                self._run(out, layout, ids, pass_.states, report)
+            out.finish()
+            reports.append(report)
+        return reports
+
+    def _parts(self, stream: str) -> list[str]:
+        """The stored streams of a stream, itself last: when it is seen, all its taps are there."""
+        first, *added = self.identity.parts(stream)
+        return [*added, first]
 
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
@@ -260,22 +273,34 @@ class Extractor:
                 report.bytes_written += committing.result()
 
 
-def missing_words(cache: FeatureCache, tokenizer: Any, start: int) -> list[tuple[str, PrefixTree]]:
+def missing_words(
+    cache: FeatureCache, tokenizer: Any, start: int, *, whole: bool = False
+) -> list[tuple[str, PrefixTree]]:
     """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
 
     Args:
         cache: of a text-to-text backbone.
         tokenizer: the backbone's.
         start: token id that decoding starts from.
+        whole: whether those count that lack added taps, of whatever task they are or were.
     """
     places = {identity: split for identity, (split, _) in cache.places.items()}
     tables = (table for roles in cache.tasks.values() for table in roles.values())
-    return [
+    missing = [
         (split, tree)
         for tree, splits in words_of(tables, places, tokenizer, start)
         for split in splits
         if tree.stream not in cache.streams(split)
     ]
+    if whole:
+        taps = cache.identity.held("decoder").taps
+        missing += [
+            (split, PrefixTree.from_json(stream.notes["tree"]))
+            for split in cache.splits
+            for name, stream in cache.streams(split).items()
+            if stream_kind(name) == "decoder" and stream.spec.taps != taps
+        ]
+    return missing
 
 
 def words_of(

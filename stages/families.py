@@ -42,6 +42,9 @@ class Family:
         once: paths of modules that act behind the first block and nowhere else.
         computed: paths of modules that hold no weights but tables that the config gives.
         positions: path of the table of learned positions, which bounds the length of inputs.
+        images: whether inputs are images, which the model takes as `pixel_values`; its
+            embeddings take nothing else then.
+        front: tokens of an image in front of those of its patches.
         numbered: whether `position_ids`, from 0 at an example's first token, tell it where tokens
             are; padding in front would move them else.
         arguments: for the model's class.
@@ -57,6 +60,8 @@ class Family:
     computed: tuple[str, ...] = ()
     positions: str | None = None
     numbered: bool = False
+    images: bool = False
+    front: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     side: Side | None = None
 
@@ -113,6 +118,10 @@ _LLAMA = Family(
     numbered=True,
     side=Side(dropout=None, step=2),
 )
+# The class token stands in front; positions are part of the embeddings.
+_VIT = Family(
+    {"hidden": "layers"}, ("embeddings",), images=True, front=1, arguments=_POOLER, side=Side()
+)
 _T5 = Family(
     {"encoder": "encoder.block", "decoder": "decoder.block"},
     ("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
@@ -156,6 +165,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "t5": _T5,
     "mt5": _T5,
+    "vit": _VIT,
+    "deit": replace(_VIT, front=2),  # of which one is for distillation
+    "dinov2": replace(
+        _VIT,
+        streams={"hidden": "encoder.layer"},
+        arguments={},
+        side=None,
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,8 +131,7 @@ class _Run:
 
     def main(self, split: Split, members: Ints) -> StreamSample:
         setup = self._setup
-        inputs = [split.tokens.inputs[place] for place in members]
-        tokens = Tokens(inputs, split.tokens.truncated)
+        tokens = replace(split.tokens, inputs=[split.tokens.inputs[place] for place in members])
         return self._measure(
             split.name,
             setup.backbone.family.main,

@@ -120,8 +120,10 @@ class MainPass:
         inputs = self._tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
-        places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
         states = [self._recorder.states[tap].flatten(0, 1) for tap in self._spec.taps]
+        if "attention_mask" not in inputs:  # images: nothing is padded
+            return torch.stack(states)
+        places = inputs["attention_mask"].flatten().nonzero().squeeze(-1)
         out = states[0].new_empty(len(states), len(places), states[0].shape[-1])
         for place, state in enumerate(states):
             torch.index_select(state, 0, places, out=out[place])

@@ -207,7 +207,8 @@ def _tokens_of(counted: Survey, table: LabelTable) -> Tokens:
         for place, inputs in zip(split.known, split.tokens.inputs, strict=True)
         if (identity := split.ids[place]) in wanted
     }
-    return Tokens([found[each] for each in table.ids], 0)
+    inputs = [found[each] for each in table.ids]
+    return replace(counted.splits[0].tokens, inputs=inputs, truncated=0)
 
 
 def _forget(folder: Place) -> None:

@@ -90,12 +90,37 @@ class EmbeddingPassthrough(nn.Module):
         return torch.zeros(())
 
 
+class PatchPassthrough(EmbeddingPassthrough):
+    """The same for an image's. A model asks for the type of the weight that projects patches, and
+    brings its inputs to it: that is the type of its blocks.
+
+    Args:
+        dtype: of the blocks.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        projection = nn.Module()
+        projection.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = projection
+
+
+def _as_pixels(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In front of a model of images: the name by which its forward hands on states."""
+    return args, {"pixel_values": kwargs.pop("inputs_embeds"), **kwargs}
+
+
 def without_embeddings(model: nn.Module, family: Family) -> None:
     """Let a model take `inputs_embeds [B, S, d]` as the very states that its blocks begin with,
     the first of which is like any other."""
     present = {name for name, _ in model.named_modules()}
     for path in present.intersection(family.embeddings):
-        replace_module(model, path, EmbeddingPassthrough())
+        dtype = next(model.parameters()).dtype
+        new = PatchPassthrough(dtype) if family.images else EmbeddingPassthrough()
+        replace_module(model, path, new)
+    if family.images:
+        model.register_forward_pre_hook(_as_pixels, with_kwargs=True)
     for path in present.intersection(family.once):
         replace_module(model, path, None)
 

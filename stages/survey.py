@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from sherl_pipe.cache import Identity, LabelTable
 from sherl_pipe.cache.layout import Layout, assign, same_shards, shard_capacity
+from sherl_pipe.cache.schema import MAX_ROWS
 from sherl_pipe.stages.amounts import Amount, TaskAmount
 from sherl_pipe.stages.data import Source
 from sherl_pipe.stages.extract import Inputs, inputs_of, token_bytes
 from sherl_pipe.stages.features import Ints
+from sherl_pipe.stages.inputs import read_inputs
 from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.templates import Template
-from sherl_pipe.stages.tokens import Tokens, tokenize
+from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 
 # Inputs of a split that are tokenised whatever it takes: enough for a mean length.
@@ -113,7 +116,8 @@ def survey(
             count = min(left, max(least, math.ceil(share * left)))
             chosen = order[name][done[name] : done[name] + count]
             now = time.perf_counter()
-            parts[name].append(tokenize(tokenizer, [each[i] for i in chosen], max_length, progress))
+            some = [each[i] for i in chosen]
+            parts[name].append(read_inputs(tokenizer, some, max_length, progress))
             spent += time.perf_counter() - now
             done[name] += count
 
@@ -215,7 +219,8 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     """Bytes below which an extraction stays, at the cost of looking at its texts once.
 
     No tokenizer makes more tokens than a text has bytes, beside some of its own and the template's;
-    nothing is compressed, and every tree is needed everywhere.
+    nothing is compressed, and every tree is needed everywhere. An image makes the same number of
+    tokens whatever is in it.
     """
     main = identity.streams["encoder" if "encoder" in identity.streams else "hidden"]
     row = token_bytes(identity.codec, main)
@@ -229,17 +234,22 @@ def upper_bound(sources: Iterable[Source], trees: Iterable[PrefixTree], identity
     for source in sources:
         total += STREAM_BYTES * streams + example * len(source.rows)
         for each in source.rows:
-            size = sum(
-                len(str(each.get(column)).encode(errors="surrogatepass"))
-                for column in source.columns
-            )
-            total += row * min(identity.max_length, size + TEMPLATE_TOKENS)
+            size = TEMPLATE_TOKENS + sum(_most_tokens(each.get(name)) for name in source.columns)
+            total += row * min(identity.max_length, size)
     return total
+
+
+def _most_tokens(value: Any) -> int:
+    """What no input of this value exceeds; of an image, as many as there may be."""
+    return (
+        MAX_ROWS if isinstance(value, Picture) else len(str(value).encode(errors="surrogatepass"))
+    )
 
 
 def _split(name: str, inputs: Inputs, known: Ints, parts: Sequence[Tokens]) -> Split:
     """Of inputs that were tokenised in the order `known`, in parts."""
     rows = [row for part in parts for row in part.inputs]
     order = np.argsort(known)
-    tokens = Tokens([rows[place] for place in order], sum(part.truncated for part in parts))
+    truncated = sum(part.truncated for part in parts)
+    tokens = replace(parts[0], inputs=[rows[place] for place in order], truncated=truncated)
     return Split(name, inputs, list(inputs.texts), known[order], tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
@@ -27,6 +27,27 @@ def paper_taps(family: Family, stream: str, blocks: int, late: int = 1) -> list[
     return [0, *(block + 1 for block in paper_blocks(blocks) if block + 1 <= top)]
 
 
+class LackingTapsError(InputError):
+    """A cache lacks taps that a method needs (exit 3).
+
+    Attributes:
+        taps: that `extract` would have to add.
+    """
+
+    def __init__(self, stream: str, expected: object, held: Sequence[int], wanted: Iterable[int]):
+        self.taps = tuple(sorted({*wanted} - {*held}))
+        listed = ",".join(map(str, self.taps))
+        super().__init__(
+            explain(
+                f"taps of the {stream} stream",
+                expected=expected,
+                found=f"{list(held)} in the cache",
+                todo=f"`sherl-pipe extract --taps {listed}`, else as the cache was made, adds "
+                "what is missing.",
+            )
+        )
+
+
 def extracted_taps(
     family: Family, depths: Mapping[str, int], wanted: str | Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
@@ -34,13 +55,14 @@ def extracted_taps(
 
     Args:
         depths: blocks per stream.
-        wanted: `paper`, `all`, or tap numbers for every stream.
+        wanted: `paper`, `all`, or tap numbers, for every stream that has them.
 
     A T5 encoder's top tap is always among them (label words attached later need it), and so is
     the state that enters the last decoder block (the late route's own input).
 
-    Raises InputError for a tap that a stream does not have.
+    Raises InputError for a tap that no stream has.
     """
+    deepest = max(depths, key=lambda stream: depths[stream])
     taps: dict[str, tuple[int, ...]] = {}
     for stream, blocks in depths.items():
         if wanted == "paper":
@@ -48,7 +70,7 @@ def extracted_taps(
         elif wanted == "all":
             chosen = list(range(blocks + (0 if stream == "decoder" else 1)))
         else:
-            chosen = [int(tap) for tap in wanted]
+            chosen = [int(tap) for tap in wanted if stream == deepest or int(tap) <= blocks]
         needed = [blocks] if stream == "encoder" else [blocks - 1] if stream == "decoder" else []
         result = tuple(sorted({*chosen, *needed}))
         if result[0] < 0 or result[-1] > blocks:

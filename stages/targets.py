@@ -7,7 +7,6 @@ from typing import Any
 
 from sherl_pipe.cache import InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.cache.fingerprint import example_id
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.stages.data import Source
 from sherl_pipe.stages.templates import Template
@@ -29,6 +28,8 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
     Args:
         sources: splits; those of one task share the meaning of their labels.
         templates: by split name; what ids are made from.
+
+    Raises what `Source.ids` and `Source.labels` raise.
     """
     by_task: dict[str, list[Source]] = {}
     for source in sources:
@@ -39,7 +40,7 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
         values = {source.name: source.labels() for source in members}
         spec = task_spec(task, [value for column in values.values() for value in column])
         for source in members:
-            ids = [example_id(texts) for texts in source.texts(templates[source.name])]
+            ids = source.ids(templates[source.name])
             labels = [encode_label(spec, value) for value in values[source.name]]
             tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
     return tables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +63,11 @@ class Task:
         self.scaling = (mean, spread or 1.0)
 
     @property
+    def splits(self) -> set[str]:
+        """Where the cache holds its examples."""
+        return splits_of(self.cache, (self.train, self.held_out))
+
+    @property
     def outputs(self) -> int:
         """Units of a pooled head; 0 where words are scored."""
         if self.tree is not None:
@@ -107,7 +112,7 @@ class Task:
             found = getattr(settings, name)
             if found not in known:
                 raise InputError(explain(name, expected=f"one of {known}", found=found))
-        cached = {kind: spec.taps for kind, spec in self.cache.identity.streams.items()}
+        cached = {kind: spec.taps for kind, spec in self.cache.specs(self.splits).items()}
         taps, last = method.choose_taps(backbone, settings.late, cached)
         if not 1 <= settings.reduction <= backbone.width:
             raise InputError(
@@ -123,6 +128,8 @@ class Task:
             settings.init,
             self.outputs,
             settings.pool,
+            backbone.family.front,
+            self.cache.identity.max_length if backbone.family.images else 0,
         )
 
     def targets(self, rows: Sequence[int], device: torch.device) -> Tensor:
@@ -140,6 +147,12 @@ class Task:
         A graded task on words gives the mean of the grades, weighted by the words' probability.
         """
         return predictions(self.spec, outputs, self.scaling)
+
+
+def splits_of(cache: FeatureCache, tables: Iterable[LabelTable]) -> set[str]:
+    """The splits of a cache that hold the examples of label tables, as far as it has them."""
+    places = cache.places
+    return {places[each][0] for table in tables for each in table.ids if each in places}
 
 
 def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -> npt.NDArray[Any]:

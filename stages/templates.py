@@ -8,6 +8,10 @@ from typing import Any
 
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.stages.pictures import Picture
+
+# Text segments, or an image.
+Input = tuple[str, ...] | Picture
 
 TEMPLATES = ("task", "neutral")
 
@@ -37,7 +41,7 @@ class Template:
 
     segments: tuple[tuple[tuple[str, str], ...], ...]
 
-    def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+    def render(self, row: Mapping[str, Any]) -> Input:
         """The texts of a row. Raises KeyError for a column that it lacks."""
         return tuple(
             " ".join(f"{prefix}{row[column]}" for prefix, column in pieces)
@@ -55,23 +59,53 @@ class Template:
             tuple(tuple((prefix, names[old]) for prefix, old in each) for each in self.segments)
         )
 
-    def to_json(self) -> list[Any]:
+    def to_json(self) -> Any:
         return [[list(piece) for piece in pieces] for pieces in self.segments]
 
     @classmethod
     def from_json(cls, data: Any) -> Template:
+        if isinstance(data, dict):
+            return PictureTemplate.of(data["image"])
         return cls(tuple(tuple((p, c) for p, c in pieces) for pieces in data))
 
 
-def make_template(kind: str, task: str, columns: Sequence[str], *, joined: bool) -> Template:
+@dataclass(frozen=True)
+class PictureTemplate(Template):
+    """The column that holds the image of a row."""
+
+    @classmethod
+    def of(cls, column: str) -> PictureTemplate:
+        """The template that reads this column."""
+        return cls(((("", column),),))
+
+    def render(self, row: Mapping[str, Any]) -> Input:
+        """The image of a row. Raises KeyError for a column that it lacks."""
+        picture: Picture = row[self.columns[0]]
+        return picture
+
+    def reading(self, columns: Sequence[str]) -> Template:
+        (column,) = columns
+        return self.of(column)
+
+    def to_json(self) -> Any:
+        return {"image": self.columns[0]}
+
+
+def make_template(
+    kind: str, task: str, columns: Sequence[str], *, joined: bool, images: bool = False
+) -> Template:
     """The template of a task.
 
     Text-to-text and causal backbones read the columns `joined` to one string, `task name: value
     ...`; `neutral` leaves the task's name out. An encoder reads them as one or two segments, `task`
-    putting the name before the first.
+    putting the name before the first. Of `images` there is one column, and nothing to put in front.
     """
-    if kind not in TEMPLATES:
-        raise InputError(explain("template", expected=f"one of {TEMPLATES}", found=kind))
+    known = TEMPLATES[1:] if images else TEMPLATES
+    if kind not in known:
+        raise InputError(explain("template", expected=f"one of {known}", found=kind))
+    if images:
+        (column,) = columns
+        return PictureTemplate.of(column)
     lead = f"{task} " if kind == "task" else ""
     if joined:
         pieces = []

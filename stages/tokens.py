@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sherl_pipe.cache import StaleCacheError
-from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.stages.backbone import loading_errors, resolve_model
 from sherl_pipe.stages.progress import Progress, silent
@@ -42,30 +40,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hash_json([rules, special])
 
 
-def check_tokenizer(expected: str, tokenizer: Any, where: str) -> None:
-    """Raise StaleCacheError unless the tokenizer has this fingerprint."""
-    found = tokenizer_fingerprint(tokenizer)
-    if found != expected:
-        raise StaleCacheError(
-            explain(
-                f"{where}: tokenizer",
-                expected=expected,
-                found=found,
-                todo="Use the tokenizer that it was made with.",
-            )
-        )
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Tokenized inputs.
 
     Attributes:
-        inputs: per example, arrays of equal length by name (`input_ids`, `token_type_ids`, ...).
+        inputs: per example, integer arrays of equal length by name (`input_ids`,
+            `token_type_ids`, ...).
         truncated: examples that were cut at the maximum length.
     """
 
-    inputs: list[dict[str, npt.NDArray[np.int64]]]
+    inputs: list[Any]
     truncated: int
 
     @property

@@ -93,7 +93,7 @@ class Tuner:
             (table.role, [i.hex() for i in table.ids], list(table.labels))
             for table in (self.task.train, self.task.held_out)
         ]
-        identity = self.task.cache.identity.fingerprint()
+        identity = self.task.cache.identity.fingerprint_for(self.spec.taps)
         return hash_json([asdict(self.settings), self.spec.to_json(), identity, labels])
 
     def finished(self) -> TuneResult | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -16,6 +19,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 _TEXT = (
     "a an the cat dog bird sees likes hates big small red old and or not very 0 1 2 3 4 5 . : "
@@ -25,6 +30,7 @@ WORDS = _TEXT.split()
 SEQ2SEQ = ("t5", "t5-gated")
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+VISION = ("vit", "deit", "dinov2")
 FAMILIES = (*SEQ2SEQ, *ENCODERS, *CAUSAL)
 
 # What the config of a family has beside, or instead of, what all have.
@@ -70,10 +76,10 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def save_model(folder: Path, family: str, seed: int = 0) -> str:
-    """A random model of `family` with its tokenizer; the folder's path."""
+    """A random model of `family` with its tokenizer or image processor; the folder's path."""
     torch.manual_seed(seed)
-    tokenizer = _tokenizer(family)
-    model = _model(family, len(tokenizer))
+    tokenizer = _processor(family) if family in VISION else _tokenizer(family)
+    model = _vision(family) if family in VISION else _model(family, len(tokenizer))
     with torch.no_grad():
         for parameter in model.parameters():
             # Random norms and biases too, so that nothing is the identity by accident.
@@ -119,6 +125,30 @@ def _model(family: str, vocabulary: int) -> Any:
     own = dict(_OWN.get(family, {}))
     pooler = {name: own.pop(name) for name in ("add_pooling_layer",) if name in own}
     return AutoModel.from_config(AutoConfig.for_model(family, **shape | own), **pooler)
+
+
+def _vision(family: str) -> Any:
+    """A model of images of 12 x 8 pixels: a grid of 3 x 2 patches. Those of DINOv2 are 12 x 12, its
+    positions those of a larger square, as its checkpoints have them."""
+    shape = {
+        "hidden_size": 36,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": 20 if family == "dinov2" else [12, 8],
+        "patch_size": 4,
+    }
+    pooler = {} if family == "dinov2" else {"add_pooling_layer": False}
+    return AutoModel.from_config(AutoConfig.for_model(family, **shape), **pooler)
+
+
+def _processor(family: str) -> Any:
+    """Shrinks, or for DINOv2 shrinks and crops, images of any size to those of the model."""
+    if family == "dinov2":
+        return BitImageProcessorPil(
+            size={"shortest_edge": 13}, crop_size={"height": 12, "width": 12}, do_center_crop=True
+        )
+    return ViTImageProcessorPil(size={"height": 12, "width": 8})
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
@@ -172,6 +202,28 @@ def labels_of(task: str, text: str) -> int | float:
     if task == "mood":
         return (words.count("likes") - words.count("hates") > 0) + (len(words) > 7)
     return float(min(5, len(words) // 3))  # size: graded
+
+
+def picture(number: int) -> Image.Image:
+    """A small image of noise with a bright upper or lower half; odd numbers are bright above."""
+    rng = np.random.default_rng(number)
+    high, wide = rng.integers(12, 20, size=2)
+    pixels = rng.integers(0, 120, size=(high, wide, 3), dtype=np.uint8)
+    half = slice(None, high // 2) if number % 2 else slice(high // 2, None)
+    pixels[half] += 120
+    return Image.fromarray(pixels)
+
+
+def write_images(
+    folder: Path, tasks: tuple[str, ...] = ("colour",), train: int = 40, validation: int = 20
+) -> Path:
+    """`<folder>/<task>/<split>/<class>/<number>.png`, the same images in every task."""
+    for task, number in product(tasks, range(train + validation)):
+        role = "train" if number < train else "validation"
+        file = folder / task / role / ("above" if number % 2 else "below") / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(file)
+    return folder
 
 
 def write_data(

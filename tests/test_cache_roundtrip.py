@@ -100,6 +100,8 @@ def test_expectations_are_held(tmp_path: Path, field: str, change: dict[str, obj
     FeatureCache.open(tmp_path, expect=identity())
     with pytest.raises(StaleCacheError, match=field):
         FeatureCache.open(tmp_path, expect=identity(**change))
+    if field.endswith("taps"):
+        return  # a writer adds them
     with (
         pytest.raises(StaleCacheError, match=field),
         CacheWriter.open(tmp_path, identity(**change)),

@@ -59,7 +59,7 @@ def test_a_table_has_a_file_of_its_own(tmp_path: Path) -> None:
                 writer.write_labels(table)
         with pytest.raises(errors.UnsafeError, match="stream name 'hidden-a/b'"):
             writer.stream("a", "hidden-a/b", ids_of(4), LAYOUT, {})
-        with pytest.raises(errors.InputError, match=r"expected one of \['hidden'\], found encoder"):
+        with pytest.raises(errors.InputError, match="found 'encoder'"):
             writer.stream("a", "encoder", ids_of(4), LAYOUT, {})
     write(tmp_path, TRAIN)
     nested = tmp_path / "_labels/a/b/d.json"

@@ -159,7 +159,6 @@ def test_extracting_again_does_nothing_and_new_labels_are_taken(
     ("options", "field"),
     [
         (("--codec", "float32"), "codec: expected {'name': 'float32'}"),
-        (("--taps", "all"), "hidden taps: expected [0, 1, 2, 3, 4], found [0, 1, 2, 3]"),
         (("--max-length", 9), "max_length: expected 9, found 64"),
         (("--template", "task"), "template: expected task, found neutral"),
         (("--dtype", "bfloat16"), "backbone dtype: expected bfloat16, found float32"),
@@ -271,3 +270,21 @@ def test_interruptions_and_surprises_are_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(cli.DEBUG, "1")
     with pytest.raises(ZeroDivisionError):
         sherl("tune")
+
+
+def test_a_preset_is_recorded_as_what_it_stands_for(tmp_path: Path, models: dict[str, str]) -> None:
+    """And is the same tuning as its settings, one by one."""
+    data, cache = write_data(tmp_path / "data", train=20, validation=9), tmp_path / "cache"
+    done("extract", "--model", models["bert"], "--data", data, "--cache", cache)
+    tune = ("tune", "--cache", cache, "--epochs", 1, "--out", tmp_path / "runs")
+    (found,) = done(*tune, "--preset", "paper", "--json").json
+    folder = Path(found["folder"])
+    recorded = json.loads((folder / "run.json").read_text())["config"]["tune"]
+    names = "preset", "late", "init", "head", "loss", "reduction"
+    assert [recorded[name] for name in names] == ["paper", 1, "paper", "random", "words", 4]
+    before = snapshot(tmp_path / "runs")
+    one_by_one = ("--late", 1, "--init", "paper", "--head", "random")
+    done(*tune, *one_by_one)
+    assert snapshot(tmp_path / "runs") == before
+    (other,) = done(*tune, "--preset", "paper", "--late", 2, "--json").json
+    assert "late2-paper-" in other["folder"]

@@ -182,12 +182,13 @@ def test_command_line_and_config_have_the_same_defaults(monkeypatch: pytest.Monk
 
 
 EXTRACT = """--model m --revision r --device cpu --cache c --data d --task t --text-column a
-    --label-column l --limit 3 --codec float32 --taps 0,2 --template task --max-length 9
-    --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
-TUNE = """--cache c --device cpu --task t --method lst --reduction 2 --late 2 --lr 0.1 --lr 0.2
-    --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1 --clip 2 --init paper
-    --pool first --head probe --loss vocabulary --precision bf16 --together 3 --residency host
-    --memory-budget 1GB --readers 3 --local-copies l --local-copies-size 2GB --out o"""
+    --image-column i --label-column l --limit 3 --codec float32 --taps 0,2 --template task
+    --max-length 9 --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
+TUNE = """--cache c --device cpu --task t --method lst --preset paper --reduction 2 --late 2
+    --lr 0.1 --lr 0.2 --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1
+    --clip 2 --init paper --pool first --head probe --loss vocabulary --precision bf16
+    --together 3 --residency host --memory-budget 1GB --readers 3 --local-copies l
+    --local-copies-size 2GB --out o"""
 
 
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,15 +199,24 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     for given, default in ((config.data, DataConfig()), (config.extract, ExtractConfig())):
         for field in type(given).model_fields:
             assert getattr(given, field) != getattr(default, field), field
-    costs = """--method lst --reduction 2 --late 2 --epochs 3 --batch-size 5 --residency host
-        --memory-budget 1GB"""
+    costs = """--method lst --preset paper --reduction 2 --late 2 --epochs 3 --batch-size 5
+        --residency host --memory-budget 1GB"""
     planned = configs(monkeypatch, "plan", *EXTRACT.split(), *costs.split(), "--tunings", 9)
     assert (planned.data, planned.extract, planned.model) == (config.data, config.extract, "m")
     config = configs(monkeypatch, "tune", *TUNE.split())
     for field in TuneConfig.model_fields:
         assert getattr(config.tune, field) != getattr(TuneConfig(), field), field
     assert config.tune.lr == (0.1, 0.2)
-    shared = "method", "reduction", "late", "epochs", "batch_size", "residency", "memory_budget"
+    shared = (
+        "method",
+        "preset",
+        "reduction",
+        "late",
+        "epochs",
+        "batch_size",
+        "residency",
+        "memory_budget",
+    )
     for field in shared:
         assert getattr(planned.tune, field) == getattr(config.tune, field), field
 
@@ -235,6 +245,30 @@ def test_defaults_follow_the_method_and_the_backbone() -> None:
     config = make_config({"tune": {"late": 1, "head": "random"}}, "test")
     (asked,) = tunings(config, FAMILIES["bert"], {"hidden": blocks})
     assert (asked.late, asked.head) == (1, "random")
+
+
+def test_presets_are_what_was_published() -> None:
+    blocks = StreamSpec((0, 1, 2), 3, 8)
+    t5 = {"encoder": blocks, "decoder": blocks}
+
+    def found(streams: dict[str, StreamSpec], **tune: object) -> tuple[object, ...]:
+        family = FAMILIES["t5" if "encoder" in streams else "bert"]
+        config = make_config({"tune": {"preset": "paper", **tune}}, "test")
+        (each,) = tunings(config, family, streams)
+        return each.late, each.init, each.head, each.loss
+
+    assert found({"hidden": blocks}) == (1, "paper", "random", "words")
+    assert found(t5) == (1, "paper", "random", "vocabulary")
+    assert found(t5, method="lst") == (0, "fisher", "random", "vocabulary")
+    assert found({"hidden": blocks}, method="lst") == (0, "random", "random", "words")
+    # The middle, which this cache lacks.
+    wide = StreamSpec((0, 3), 4, 8)
+    assert found({"hidden": wide}, method="dtl") == (2, "paper", "random", "words")
+    # What is given wins.
+    asked = {"late": 2, "init": "residual", "head": "probe", "loss": "words"}
+    assert found({"hidden": blocks}, **asked) == tuple(asked.values())
+    with pytest.raises(InputError, match="preset: expected 'paper', found 'papers'"):
+        make_config({"tune": {"preset": "papers"}}, "test")
 
 
 def test_any_other_setting_is_another_folder() -> None:

@@ -56,8 +56,8 @@ CASES = [
     (2, "Got unexpected extra argument (more)|See `sherl-pipe tune --help`", "tune --cache c more"),
     (2, "Missing option '--cache'. See `sherl-pipe tune --help`", "tune"),
     (2, "Option '--cache' requires an argument", "tune --cache"),
-    (2, "give either --text or --file", "predict --adapter adapter"),
-    (2, "give either --text or --file", "PREDICT --text a"),
+    (2, "give --text, --image or --file", "predict --adapter adapter"),
+    (2, "give --text, --image or --file", "PREDICT --text a"),
     # Values out of range.
     (2, "'--max-length': 0 is not in the range x>=1", "extract --max-length 0"),
     (2, "'--limit': -3 is not in the range x>=1", "extract --limit -3"),

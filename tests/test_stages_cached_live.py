@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_tools import CAUSAL, ENCODERS, FAMILIES, SEQ2SEQ, save_model, write_data
+from model_tools import (
+    CAUSAL,
+    ENCODERS,
+    FAMILIES,
+    SEQ2SEQ,
+    VISION,
+    save_model,
+    write_data,
+    write_images,
+)
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
@@ -18,6 +27,7 @@ from sherl_pipe.stages import features
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.inputs import read_inputs
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import trainable
 from sherl_pipe.stages.settings import TuneSettings
@@ -36,12 +46,21 @@ LINEAR, WEIGHTED = (READOUT | {"method": name} for name in ("linear", "weighted"
 UNIPT = {"method": "unipt", "init": "paper"}
 DTL = {"method": "dtl", "init": "paper"}
 EACH = [{}, LST, LINEAR, WEIGHTED, UNIPT, DTL]
+PLUS = DTL | {"method": "dtl+"}
+# DINOv2 has no side blocks.
+IMAGE_WAYS = [
+    (family, how)
+    for family in VISION
+    for how in ({"late": 1}, {"late": 2}, *EACH[1:], PLUS, PLUS | {"late": 1})
+    if (family, how) != ("dinov2", LST)
+]
 
 
 def prepare(tmp_path: Path, family: str, task: str = "colour", **extract: Any) -> dict[str, Any]:
     """A cache of a tiny model, with everything needed to tune on it."""
     model = save_model(tmp_path / "model", family)
-    data = write_data(tmp_path / "data", (task,))
+    write = write_images if family in VISION else write_data
+    data = write(tmp_path / "data", (task,))
     config = make_config(
         {
             "model": model,
@@ -89,11 +108,15 @@ def make_tuner(setting: dict[str, Any], tmp_path: Path, **change: Any) -> Tuner:
 def live_inputs(
     setting: dict[str, Any], task: str, role: str, padding: str = "right"
 ) -> dict[str, Tensor]:
-    """The texts of a split as one ragged batch, in the data's order."""
+    """The texts of a split as one ragged batch, in the data's order, or its images."""
     stream = "encoder" if setting["backbone"].family.seq2seq else "hidden"
     notes = setting["cache"].stream(f"{task}/{role}", stream).notes
     template = Template.from_json(notes["template"])
-    (source,) = [s for s in load_sources(str(setting["data"])) if s.role == role]
+    images = setting["backbone"].family.images
+    (source,) = [s for s in load_sources(str(setting["data"]), images=images) if s.role == role]
+    if images:
+        tokens = read_inputs(setting["tokenizer"], source.inputs(template), 0)
+        return tokens.batch(range(len(source.rows)), 0)
     tokens = tokenize(setting["tokenizer"], source.texts(template), 128)
     assert len(set(tokens.lengths.tolist())) > 3
     inputs = tokens.batch(range(len(source.rows)), pad_id(setting["tokenizer"]))
@@ -112,6 +135,8 @@ WAYS += [(family, how | {"loss": "vocabulary"}) for family in SEQ2SEQ for how in
 WAYS += [(family, {"pool": "mean"}) for family in CAUSAL]
 WAYS += [(family, {"pool": "last", "late": 2}) for family in ENCODERS]
 WAYS += [("bert", how | {"pool": "first"}) for how in ({}, LST)]
+WAYS += IMAGE_WAYS
+WAYS += [("vit", how | {"pool": "first"}) for how in ({}, WEIGHTED)]
 
 
 @pytest.mark.parametrize(("family", "how"), WAYS, ids=str)
@@ -150,7 +175,7 @@ def check_evaluation(setting: dict[str, Any], folder: Path, how: dict[str, Any])
     cached = tuner.outputs(tuner.held_out, 6)
     live = TunedModel(setting["backbone"], tuner.route).eval()
     assert cached.std() > 0.05
-    for padding in ("right", "left"):
+    for padding in ("right",) if setting["backbone"].family.images else ("right", "left"):
         inputs = live_inputs(setting, "colour", "validation", padding)
         with torch.no_grad():
             if tuner.scoring is not None:
@@ -161,8 +186,9 @@ def check_evaluation(setting: dict[str, Any], folder: Path, how: dict[str, Any])
     return tuner
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", EACH, ids=str)
+@pytest.mark.parametrize(
+    ("family", "how"), [(family, how) for family in FAMILIES for how in EACH] + IMAGE_WAYS, ids=str
+)
 def test_gradients_equal_live(tmp_path: Path, family: str, how: dict[str, Any]) -> None:
     setting = prepare(tmp_path, family)
     tuner = make_tuner(setting, tmp_path, loss="vocabulary", **how)
@@ -260,8 +286,9 @@ def test_words_compete_with_one_another(tmp_path: Path) -> None:
     assert torch.allclose(scores.exp().sum(-1), torch.ones(len(scores)), atol=1e-5)
 
 
-def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path) -> None:
-    setting = prepare(tmp_path, "bert", taps="all")
+@pytest.mark.parametrize("family", ["bert", *VISION])
+def test_cached_taps_are_the_backbones_hidden_states(tmp_path: Path, family: str) -> None:
+    setting = prepare(tmp_path, family, taps="all")
     inputs = live_inputs(setting, "colour", "train")
     with torch.no_grad():
         out = setting["backbone"].model(**inputs, output_hidden_states=True)

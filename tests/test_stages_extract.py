@@ -49,6 +49,13 @@ def test_side_layers_are_the_published_ones() -> None:
     assert extracted_taps(FAMILIES["bert"], {"hidden": 6}, "paper") == {"hidden": tuple(range(6))}
     with pytest.raises(InputError, match="0 to 6"):
         extracted_taps(FAMILIES["bert"], {"hidden": 6}, (0, 7))
+    depths = {"encoder": 5, "decoder": 3}
+    assert extracted_taps(FAMILIES["t5"], depths, (1, 4)) == {
+        "encoder": (1, 4, 5),
+        "decoder": (1, 2),
+    }
+    with pytest.raises(InputError, match="encoder: expected 0 to 5"):
+        extracted_taps(FAMILIES["t5"], depths, (1, 6))
 
 
 def test_blocks_behind_the_last_tap_do_not_run(tmp_path: Path) -> None:

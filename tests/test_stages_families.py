@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import done, refused, write_rows
-from model_tools import CAUSAL, ENCODERS, save_model, write_data
+from model_tools import CAUSAL, ENCODERS, VISION, save_model, write_data
 from sherl_pipe.cache import FeatureCache, InputError
 from sherl_pipe.pipeline import planning
 from sherl_pipe.pipeline.config import make_config
@@ -49,7 +49,9 @@ def extracted(tmp_path: Path, family: str, **extract: Any) -> Any:
 
 def test_every_pooled_family_is_among_those_that_tests_go_through() -> None:
     same_as_roberta = {"xlm-roberta"}
-    assert {n for n, f in FAMILIES.items() if not f.seq2seq} - same_as_roberta == {*POOLED}
+    pooled_ones = {n for n, f in FAMILIES.items() if not f.seq2seq}
+    assert pooled_ones - same_as_roberta == {*POOLED, *VISION}
+    assert {n for n, f in FAMILIES.items() if f.images} == {*VISION}
     assert {n for n, f in FAMILIES.items() if f.causal} == {*CAUSAL}
     assert FAMILIES["xlm-roberta"] is FAMILIES["roberta"]
 
@@ -216,7 +218,7 @@ def test_a_family_without_side_blocks_is_told_those_that_have_some(
     backbone = load_backbone(save_model(tmp_path, "bert"))
     backbone.family = replace(backbone.family, side=None)
     monkeypatch.setitem(FAMILIES, "bert", backbone.family)
-    with pytest.raises(InputError, match=r"one of deberta-v2, distilbert, .*, found bert"):
+    with pytest.raises(InputError, match=r"one of deberta-v2, deit, .*, found bert"):
         encoder_ladder(backbone, [0, 1], 3)
 
 

@@ -112,5 +112,5 @@ def test_taps_that_are_read(
 @pytest.mark.parametrize("held", [(1, 2, 3), (0,)])
 def test_taps_that_lst_cannot_do_without(tmp_path: Path, held: tuple[int, ...]) -> None:
     backbone = load_backbone(save_model(tmp_path, "bert"))
-    with pytest.raises(InputError, match=r"taps of the hidden .*--taps 0,1,2,3,4 or --taps all"):
+    with pytest.raises(InputError, match=r"taps of the hidden .*--taps "):
         Lst.choose_taps(backbone, 0, {"hidden": held})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from model_tools import save_model
 from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.stages.adapter import load_reference
 from sherl_pipe.stages.backbone import Backbone, load_backbone
+from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.methods import find_method
+from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.dtl_encoder import patch_grid
 from transformers import ViTConfig
 
@@ -83,14 +86,14 @@ def test_what_a_cache_makes_of_a_method(
             "linear",
             {"encoder": (5,), "decoder": (2, 4)},
             2,
-            r"decoder stream: expected \[3\], found \[2, 4\] in the .* with 3 among its --taps",
+            r"decoder stream: expected \[3\], found \[2, 4\] in the .* --taps 3`",
         ),
         ("linear", {"encoder": (4,), "decoder": (4,)}, 1, r"encoder stream: expected \[5\]"),
         ("weighted", {"hidden": (3,)}, 0, r"2 or more of \[0, 1, 2, 3, 4\], found \[3\]"),
         ("weighted", {"encoder": (5,), "decoder": (5,)}, 0, "decoder stream: expected 2 or more"),
         ("unipt", {"encoder": (0, 5), "decoder": (4,)}, 0, "decoder stream: expected 2 or more"),
         ("unipt", {"hidden": FOUR}, 1, "late: expected 0 for unipt, found 1"),
-        ("dtl", {"hidden": (0, 1, 3)}, 2, r"expected \[2\], found .* with 2 among its --taps"),
+        ("dtl", {"hidden": (0, 1, 3)}, 2, r"expected \[2\], found .* --taps 2`"),
         ("dtl", {"hidden": FOUR}, 0, "late: expected 1 to 3 for dtl, found 0"),
         ("dtl", {"encoder": (5,), "decoder": FIVE}, 1, "encoder stream: expected 1 or more"),
         ("dtl", {"encoder": (0, 1), "decoder": FIVE}, 1, r"encoder stream: expected \[5\]"),
@@ -122,6 +125,13 @@ def test_no_published_parameters_for_t5(backbones: dict[str, Backbone], method: 
 
 
 def test_patches_of_an_image() -> None:
-    config = ViTConfig(image_size=(28, 42), patch_size=14)
-    assert patch_grid(SimpleNamespace(config=config)) == (2, 3)  # type: ignore[arg-type]
-    assert patch_grid(SimpleNamespace(config=ViTConfig())) == (14, 14)  # type: ignore[arg-type]
+    def grid(tokens: int, **config: Any) -> tuple[int, int]:
+        backbone: Any = SimpleNamespace(config=ViTConfig(**config), family=FAMILIES["vit"])
+        spec = RouteSpec("dtl+", {}, {}, 1, 2, None, "paper", 2, "mean", 1, tokens)
+        return patch_grid(backbone, spec)
+
+    assert grid(7, image_size=(28, 42), patch_size=14) == (2, 3)
+    assert grid(197) == (14, 14)
+    assert grid(257) == (16, 16)  # images of another size, as DINOv2 reads them
+    with pytest.raises(InputError, match="expected 14 x 14 patches, or a square of them, found 6"):
+        grid(7)

@@ -14,6 +14,7 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.surgery import share
+from sherl_pipe.stages.taps import LackingTapsError
 from sherl_pipe.stages.words import PrefixTree, head_rows
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +36,8 @@ class RouteSpec:
         init: what the trained weights started from, one of the method's `inits`.
         outputs: of the head; 0 for a text-to-text backbone.
         pool: `mean` over the tokens, the `first` or the `last` one; not of text-to-text backbones.
+        front: tokens in front of an image's patches; the mean is over those behind them.
+        tokens: of every image, those in front included; 0 where inputs are texts.
     """
 
     method: str
@@ -46,6 +49,8 @@ class RouteSpec:
     init: str
     outputs: int
     pool: str
+    front: int = 0
+    tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,8 +70,7 @@ class Route(nn.Module):
 
     Attributes:
         spec: its structure.
-        late: the frozen blocks, None for a method that has none. Their dropout stays off: features
-            are those of eval mode too.
+        late: the frozen blocks, None for none. Their dropout is off, as it was for features.
     """
 
     spec: RouteSpec
@@ -193,6 +197,15 @@ class Method(ABC):
         """
         return cls.usual
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """What the paper has otherwise than `usual_for`, of the same settings and `loss`.
+
+        Args:
+            streams: what a cache holds, or would hold.
+        """
+        return {}
+
     @staticmethod
     @abstractmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -243,8 +256,8 @@ class Method(ABC):
         )
 
 
-def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """`[B, S, d] -> [B, d]` over the tokens that `mask [B, S]` marks."""
+def pooled(states: Tensor, mask: Tensor, pool: str, front: int = 0) -> Tensor:
+    """`[B, S, d] -> [B, d]` of tokens that `mask [B, S]` marks; a mean leaves out the `front`."""
     if pool not in POOLS:
         raise InputError(explain("pool", expected=f"one of {POOLS}", found=pool))
     if pool != "mean":
@@ -253,6 +266,7 @@ def pooled(states: Tensor, mask: Tensor, pool: str) -> Tensor:
         away = places if pool == "first" else -places
         one = away.masked_fill(~mask.bool(), len(places)).argmin(1)
         return states[torch.arange(len(states), device=mask.device), one]
+    states, mask = states[:, front:], mask[:, front:]
     weights = mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
@@ -267,20 +281,12 @@ def cached_taps(
 ) -> tuple[int, ...]:
     """Those of `wanted` that a cache holds of a stream, at least `least` of them.
 
-    Raises InputError for fewer.
+    Raises LackingTapsError for fewer.
     """
     found = tuple(tap for tap in wanted if tap in held)
     if len(found) < least:
-        listed = ",".join(map(str, wanted))
         which = "" if least == len(wanted) else f"{least} or more of "
-        raise InputError(
-            explain(
-                f"taps of the {stream} stream",
-                expected=f"{which}{list(wanted)}",
-                found=f"{list(held)} in the cache",
-                todo=f"Extract to another --cache with {listed} among its --taps.",
-            )
-        )
+        raise LackingTapsError(stream, f"{which}{list(wanted)}", held, wanted)
     return found
 
 

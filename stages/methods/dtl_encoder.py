@@ -4,6 +4,7 @@ al., AAAI 2024)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any, ClassVar
 
 from sherl_pipe.cache import InputError, StreamSpec
@@ -48,7 +49,7 @@ class DtlEncoder(PooledRoute):
         self.spec = spec
         depth, width, taps = len(backbone.blocks("hidden")), backbone.width, spec.taps["hidden"]
         late = range(depth - spec.late, depth)
-        grid = patch_grid(backbone) if spec.method == "dtl+" else None
+        grid = patch_grid(backbone, spec) if spec.method == "dtl+" else None
         self.side = CompactSide(
             width,
             width // spec.reduction,
@@ -87,7 +88,7 @@ class DtlEncoder(PooledRoute):
         with adding_back(blocks, number, [route.side for route in routes], gathered):
             found = encode_late(first.late, [states for states, _ in fused], batches)
         return [
-            pooled(states, mask, route.spec.pool)
+            pooled(states, mask, route.spec.pool, route.spec.front)
             for route, (states, mask) in zip(routes, found, strict=True)
         ]
 
@@ -116,6 +117,12 @@ class Dtl(Method):
         half = max(1, stream.blocks // 2)
         late = half if stream.blocks - half in stream.taps else 1
         return {**cls.usual, "reduction": max(1, stream.width // RANK), "late": late}
+
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """The upper half of the blocks, whether the cache has the state in the middle or not."""
+        stream = streams["decoder" if "decoder" in streams else "hidden"]
+        return {"late": max(1, stream.blocks // 2)}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -159,20 +166,18 @@ class DtlPlus(Dtl):
     @staticmethod
     def build(backbone: Backbone, spec: RouteSpec) -> DtlEncoder:
         """A fresh route. Raises InputError for a backbone that reads no patches."""
-        patch_grid(backbone)
+        patch_grid(backbone, spec)
         return DtlEncoder(backbone, spec).to(backbone.device)
 
 
-def patch_grid(backbone: Backbone) -> tuple[int, int]:
-    """Rows and columns of the patches that a vision transformer reads.
+def patch_grid(backbone: Backbone, spec: RouteSpec) -> tuple[int, int]:
+    """Rows and columns of the patches that a vision transformer reads: those of its config, or of a
+    square where images have another size.
 
-    Raises InputError for a backbone that reads none.
+    Raises InputError for a backbone that reads none, and for other images than these.
     """
     config = backbone.config
-    sides: dict[str, Any] = {
-        name: getattr(config, name, None) for name in ("image_size", "patch_size")
-    }
-    if None in sides.values():
+    if not backbone.family.images:
         raise InputError(
             explain(
                 "method",
@@ -180,5 +185,19 @@ def patch_grid(backbone: Backbone) -> tuple[int, int]:
                 found=f"dtl+ on {config.model_type}",
             )
         )
-    image, patch = ([each] * 2 if isinstance(each, int) else each for each in sides.values())
-    return image[0] // patch[0], image[1] // patch[1]
+    sides = config.image_size, config.patch_size
+    image, patch = ([each] * 2 if isinstance(each, int) else each for each in sides)
+    rows, columns = image[0] // patch[0], image[1] // patch[1]
+    patches = spec.tokens - spec.front
+    if rows * columns == patches:
+        return rows, columns
+    if isqrt(patches) ** 2 != patches:
+        raise InputError(
+            explain(
+                "images of dtl+",
+                expected=f"{rows} x {columns} patches, or a square of them",
+                found=f"{patches} patches",
+                todo="Use --method dtl.",
+            )
+        )
+    return isqrt(patches), isqrt(patches)

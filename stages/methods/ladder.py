@@ -184,7 +184,8 @@ def encoder_ladder(backbone: Backbone, layers: Sequence[int], reduction: int) ->
     config.num_hidden_layers = len(layers)
     if getattr(frozen, "layer_types", None):
         config.layer_types = [frozen.layer_types[layer] for layer in layers]
-    config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept
+    if not family.images:
+        config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept
     model: Any = backbone.model
     side = type(model)(config, **family.arguments)
     without_embeddings(side, family)

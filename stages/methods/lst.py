@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sherl_pipe.cache import InputError
+from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
@@ -18,7 +18,7 @@ from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, poole
 from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection, side_of
 from sherl_pipe.stages.methods.live import live_stack
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
-from sherl_pipe.stages.taps import paper_blocks
+from sherl_pipe.stages.taps import LackingTapsError, paper_blocks
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class LstEncoder(PooledRoute):
         mask = packed.mask()
         side = self.ladder(self.ladder.reduce(packed), attention_mask=mask.long())
         # Pooling is linear too, and leaves little to be brought back to the full width.
-        return (self.upsample(pooled(side, mask, self.spec.pool)),)
+        return (self.upsample(pooled(side, mask, self.spec.pool, self.spec.front)),)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving the ladder's states; weights are shared."""
@@ -64,6 +64,12 @@ class Lst(Method):
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 8, "late": 0, "init": "random"}
     inits = ("random", "fisher")
     given = frozenset({"fisher"})
+
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """On T5, which alone the paper has, side blocks pruned from the frozen ones, and answers
+        that compete with the whole vocabulary (SPEC 4)."""
+        return {"init": "fisher", "loss": "vocabulary"} if "decoder" in streams else {}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
@@ -92,15 +98,8 @@ class Lst(Method):
             complete = {*usual} - {*held} <= {blocks}
             chosen = [tap for tap in held if tap in usual or not complete]
             if 0 not in chosen or len(chosen) < 2:
-                raise InputError(
-                    explain(
-                        f"taps of the {stream} stream",
-                        expected=f"{usual}, or tap 0 and some others",
-                        found=f"{list(held)} in the cache",
-                        todo="Extract to another --cache with --taps "
-                        f"{','.join(map(str, usual))} or --taps all.",
-                    )
-                )
+                wanted = f"{usual}, or tap 0 and some others"
+                raise LackingTapsError(stream, wanted, held, usual)
             taps[stream] = tuple(chosen)
         return taps, {}
 

@@ -65,7 +65,7 @@ class ReadoutEncoder(PooledRoute):
         packed = streams["hidden"]
         # Pooling, summing and turning are linear: the frozen states are pooled first, and of what
         # is learned one row per example is left.
-        pooled = pool_matrix(packed, self.spec.pool) @ packed.states
+        pooled = pool_matrix(packed, self.spec.pool, self.spec.front) @ packed.states
         return (turn(self.mix(pooled), packed.group),)
 
     def attach(self, backbone: Backbone) -> nn.Module:
@@ -73,8 +73,10 @@ class ReadoutEncoder(PooledRoute):
         return live_encoder(backbone, self.spec.taps["hidden"], lambda taps, _: self.mix(taps))
 
 
-def pool_matrix(packed: Packed, pool: str) -> Tensor:
+def pool_matrix(packed: Packed, pool: str, front: int = 0) -> Tensor:
     """`[B, n]` that pools packed rows: `pool_matrix(...) @ rows [n, d]` is `[B, d]`.
+
+    `front` is as for `pooled`.
 
     Raises InputError for an unknown pool.
     """
@@ -88,5 +90,5 @@ def pool_matrix(packed: Packed, pool: str) -> Tensor:
         return (places == starts).to(packed.states.dtype)
     if pool == "last":
         return (places == ends - 1).to(packed.states.dtype)
-    mine = (places >= starts) & (places < ends)
-    return mine.to(packed.states.dtype) / lengths[:, None]
+    mine = (places >= starts + front) & (places < ends)
+    return mine.to(packed.states.dtype) / (lengths[:, None] - front)

@@ -21,7 +21,7 @@ from sherl_pipe.stages.methods.late import encode_late
 from sherl_pipe.stages.methods.live import enter_with
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
-from sherl_pipe.stages.taps import paper_taps
+from sherl_pipe.stages.taps import LackingTapsError, paper_taps
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ class SherlEncoder(PooledRoute):
         """Pooled states `[B, d]` of each route's batch; there is no tree."""
         found = encode_late(routes[0].late, [states for (states,) in fused], batches)
         return [
-            pooled(states, mask, route.spec.pool)
+            pooled(states, mask, route.spec.pool, route.spec.front)
             for route, (states, mask) in zip(routes, found, strict=True)
         ]
 
@@ -97,6 +97,12 @@ class Sherl(Method):
         late = max(1, min(2, streams["hidden"].blocks - 1))
         return {**cls.usual, "late": late, "head": "probe"}
 
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """One late block, a closed gate; a fresh head, or on T5 the whole vocabulary (SPEC 3)."""
+        last = {"loss": "vocabulary"} if "decoder" in streams else {"head": "random"}
+        return {"late": 1, "init": "paper", **last}
+
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:
         """As many of the stream that ends in the head."""
@@ -131,13 +137,9 @@ class Sherl(Method):
             last[stream] = wanted[-1] if stream == "encoder" else top
             needed = {*wanted, last[stream]}
             if not needed <= set(held) or len(wanted) < 2:
-                raise InputError(
-                    explain(
-                        f"taps of the {stream} stream",
-                        expected=f"{sorted(needed)} for --late {late}",
-                        found=f"{list(held)} in the cache",
-                        todo="Extract to another --cache with --taps all.",
-                    )
+                every = paper_taps(backbone.family, stream, blocks, late)
+                raise LackingTapsError(
+                    stream, f"{sorted(needed)} for --late {late}", held, {*every, last[stream]}
                 )
             taps[stream] = tuple(wanted)
         return taps, last

@@ -46,7 +46,7 @@ class UniptEncoder(PooledRoute):
         mask = packed.mask()
         reduced = reduce_packed(self.side, packed)
         states = self.side.expand(reduced[-1], self.side.interact(reduced, mask))
-        return (pooled(states, mask, self.spec.pool),)
+        return (pooled(states, mask, self.spec.pool, self.spec.front),)
 
     def attach(self, backbone: Backbone) -> nn.Module:
         """The live backbone up to the last tap, giving UniPT's states; its weights are shared."""
