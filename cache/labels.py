@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sherl_pipe.cache import catalogue
+from sherl_pipe.cache.catalogue import LABELS as FOLDER
 from sherl_pipe.cache.errors import CorruptCacheError, InputError, explain, hint, shown
 from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.schema import check_part, seal, take, unseal
-from sherl_pipe.cache.store import LocalStore, is_partial
-
-FOLDER = "_labels"
+from sherl_pipe.cache.stores import Store
 
 KINDS = ("classification", "regression", "text")
 
@@ -92,7 +92,7 @@ class LabelTable:
         }
 
 
-def write(store: LocalStore, table: LabelTable) -> int:
+def write(store: Store, table: LabelTable) -> int:
     """Write or replace a table; returns how many of its rows are new or changed.
 
     Raises InputError for labels that are none of the task, UnsafeError for odd names.
@@ -105,11 +105,12 @@ def write(store: LocalStore, table: LabelTable) -> int:
         if before == table:
             return 0
         old = set(zip(before.ids, before.labels, strict=True))
+    catalogue.enter(store, table.key)
     store.replace(table.key, seal(table.to_json()))
     return sum(row not in old for row in zip(table.ids, table.labels, strict=True))
 
 
-def read(store: LocalStore, key: str) -> LabelTable:
+def read(store: Store, key: str) -> LabelTable:
     """One table. Raises CorruptCacheError for a damaged file, UnsafeError for an odd name."""
     data, path = store.read(key), str(store.path(key))
     with hint("Delete it and attach the labels again."):
@@ -168,16 +169,10 @@ def _problem(table: LabelTable) -> str | None:
     return None
 
 
-def read_all(store: LocalStore) -> dict[str, dict[str, LabelTable]]:
+def read_all(store: Store) -> dict[str, dict[str, LabelTable]]:
     """Every table, by task and role."""
     tasks: dict[str, dict[str, LabelTable]] = {}
-    for key in keys(store):
+    for key in catalogue.label_keys(store):
         table = read(store, key)
         tasks.setdefault(table.task, {})[table.role] = table
     return tasks
-
-
-def keys(store: LocalStore) -> list[str]:
-    """The tables' files; what a writer has under way, or left behind when it died, is none."""
-    found = store.list(FOLDER)
-    return [key for key in found if key.endswith(".json") and not is_partial(key)]

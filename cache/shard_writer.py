@@ -14,7 +14,7 @@ from sherl_pipe.cache.arrays import ArraySpec
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.manifest import FileRecord, Records, StreamFiles, read_receipt, receipt_key
 from sherl_pipe.cache.schema import Identity, seal
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 
 
 def stream_files(
@@ -28,7 +28,7 @@ def stream_files(
 class ShardWriter:
     """Commits shards of one stream."""
 
-    def __init__(self, store: LocalStore, files: StreamFiles) -> None:
+    def __init__(self, store: Store, files: StreamFiles) -> None:
         self._store, self._files = store, files
 
     def commit(self, shard: int, codes: Codes, scales: Scales | None) -> Records:
@@ -57,16 +57,12 @@ class ShardWriter:
 
     def receipt(self, shard: int) -> Records | None:
         """The receipt of a committed shard; None, and no trace of it, where it is not whole."""
-        key = receipt_key(self._files.base, shard)
-        if not self._store.exists(key):
+        try:
+            receipt = read_receipt(self._store, self._files, shard)
+        except FileNotFoundError:
             return None
-        receipt = read_receipt(self._store, self._files, shard)
-        whole = all(
-            self._store.exists(key) and record.matches(self._store.read(key))
-            for key, record in receipt.items()
-        )
-        if not whole:
-            self._store.delete(key)
+        if not all(self._store.holds(key, record) for key, record in receipt.items()):
+            self._store.delete(receipt_key(self._files.base, shard))
             return None
         return receipt
 

@@ -7,10 +7,11 @@ so a killed writer loses at most the shard in flight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.errors import (
@@ -43,7 +44,7 @@ from sherl_pipe.cache.schema import (
     stream_version,
 )
 from sherl_pipe.cache.shard_writer import ShardWriter, records_json, stream_files
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 
 
 class StreamWriter:
@@ -51,7 +52,7 @@ class StreamWriter:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         identity: Identity,
         split: str,
         stream: str,
@@ -66,7 +67,7 @@ class StreamWriter:
         counts = summary(layout)
         self.files = stream_files(identity, split, stream, counts)
         self._shards = ShardWriter(store, self.files)
-        self._receipts: dict[int, Records] = {}
+        self._known: dict[int, Records] = {}
         self.plan = {
             "format": stream_version(stream),
             "split": split,
@@ -76,6 +77,7 @@ class StreamWriter:
             "layout": counts,
             "notes": dict(notes),
         }
+        catalogue.enter(self.store, self.base)
         self.complete = self.store.exists(f"{self.base}/{MANIFEST}")
         if self.complete:
             self._check_finished()
@@ -94,7 +96,7 @@ class StreamWriter:
         """Shards that are not committed, ascending."""
         if self.complete:
             return []
-        return [shard for shard in range(self.layout.shards) if self._receipt(shard) is None]
+        return [shard for shard, receipt in enumerate(self._receipts()) if receipt is None]
 
     def commit(self, shard: int, codes: Codes, scales: Scales | None) -> int:
         """Write one shard and its receipt; arguments and errors as `ShardWriter.commit`.
@@ -105,7 +107,7 @@ class StreamWriter:
 
     def accept(self, shard: int, receipt: Records) -> int:
         """Take note of a shard that a worker of this run has committed; its bytes."""
-        self._receipts[shard] = receipt
+        self._known[shard] = receipt
         return sum(record.size for record in receipt.values())
 
     def finish(self) -> None:
@@ -116,7 +118,7 @@ class StreamWriter:
         if self.complete:
             return
         files = {k: FileRecord.of(self.store.read(k)) for k in self.files.before_shards()}
-        receipts = [self._receipt(shard) for shard in range(self.layout.shards)]
+        receipts = self._receipts()
         missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
         if missing:
             raise IncompleteSplitError(
@@ -153,9 +155,11 @@ class StreamWriter:
         self._renew(f"{self.base}/{METADATA}", group_metadata(attributes))
 
     def _renew(self, key: str, data: bytes) -> None:
-        if not self.store.exists(key) or self.store.read(key) != data:
+        if self.store.exists(key):
+            if self.store.read(key) == data:
+                return
             self.store.delete(key)
-            self.store.create(key, data)
+        self.store.create(key, data)
 
     def _check_finished(self) -> None:
         """Raise unless the stream is of this data, and its files are there in their sizes."""
@@ -163,8 +167,8 @@ class StreamWriter:
         self._check_same(plan)
         with hint(restore(self.store, self.base)):
             self.files.check(records, str(self.store.path(f"{self.base}/{MANIFEST}")))
-        for key, record in records.items():
-            found = self.store.size(key)
+        sizes = self.store.each(self.store.size, records)
+        for (key, record), found in zip(records.items(), sizes, strict=True):
             if found != record.size:
                 raise CorruptCacheError(
                     explain(
@@ -200,18 +204,20 @@ class StreamWriter:
                     )
                 )
 
+    def _receipts(self) -> Sequence[Records | None]:
+        return self.store.each(self._receipt, range(self.layout.shards))
+
     def _receipt(self, shard: int) -> Records | None:
         """The receipt of a committed shard, whose files were read back since this writer began."""
-        if shard not in self._receipts:
+        if shard not in self._known:
             found = self._shards.receipt(shard)
             if found is None:
                 return None
-            self._receipts[shard] = found
-        return self._receipts[shard]
+            self._known[shard] = found
+        return self._known[shard]
 
     def _remove_receipts(self) -> None:
-        for key in list(self.store.list(f"{self.base}/{RECEIPTS}")):
-            self.store.delete(key)
+        self.store.each(self.store.delete, list(self.store.list(f"{self.base}/{RECEIPTS}")))
         self.store.delete_folder(f"{self.base}/{RECEIPTS}")
 
     def _remove_working_files(self) -> None:

@@ -7,11 +7,11 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from sherl_pipe.cache import Identity, InputError, StaleCacheError
 from sherl_pipe.cache.errors import explain
+from sherl_pipe.cache.place import Place
 from sherl_pipe.pipeline.opening import DTYPES, pick_device, spare_threads
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import load_backbone
@@ -32,7 +32,7 @@ class Setup:
     dtype: str
     device: str
     threads: int
-    path: Path
+    path: Place
     identity: Identity
     token: str
     pad_id: int

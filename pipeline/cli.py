@@ -27,6 +27,7 @@ from sherl_pipe.pipeline.options import (
 )
 
 if TYPE_CHECKING:
+    from sherl_pipe.cache.place import Place
     from sherl_pipe.pipeline.config import RunConfig
 
 DEBUG = "SHERL_PIPE_DEBUG"
@@ -224,7 +225,7 @@ def predict(
         JSON,
     ]
 )
-def inspect(cache: Path, split: str | None, as_json: bool) -> None:
+def inspect(cache: Place, split: str | None, as_json: bool) -> None:
     """Show what is in a cache."""
     from sherl_pipe.cache import FeatureCache
     from sherl_pipe.pipeline import console, report
@@ -247,7 +248,7 @@ def inspect(cache: Path, split: str | None, as_json: bool) -> None:
 
 @cli.command()
 @CACHE
-def verify(cache: Path) -> None:
+def verify(cache: Place) -> None:
     """Check every committed byte of a cache (exit 4 if one is wrong)."""
     from sherl_pipe.cache import CorruptCacheError, FeatureCache
     from sherl_pipe.pipeline import console
@@ -290,7 +291,7 @@ def verify(cache: Path) -> None:
     ]
 )
 def label(
-    cache: Path, model: str | None, task: str, files: tuple[Path, ...], device: str, **options: Any
+    cache: Place, model: str | None, task: str, files: tuple[Path, ...], device: str, **options: Any
 ) -> None:
     """Attach or replace a task's labels; features are not extracted again."""
     from sherl_pipe.cache import FeatureCache

@@ -20,12 +20,25 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from sherl_pipe.cache import InputError
+from pydantic.functional_serializers import PlainSerializer
+from pydantic.functional_validators import PlainValidator
+from pydantic_core import PydanticCustomError
+from sherl_pipe.cache import InputError, SherlPipeError
+from sherl_pipe.cache.place import Place, Url, parse_place
 from sherl_pipe.stages.data import DEMO_DATA
 
 # Strict, so that `true` is no 1.
 Integer = Annotated[int, Field(strict=True)]
 Positive = Annotated[Integer, Field(gt=0)]
+
+
+def _place(value: Any) -> Place:
+    if not isinstance(value, str | Path | Url):
+        raise PydanticCustomError("place", "Input should be a folder or a URL")
+    return parse_place(value)
+
+
+Cache = Annotated[Place, PlainValidator(_place), PlainSerializer(str, when_used="json")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # None is this process, without Ray.
 Workers = Positive | Literal["auto"] | None
@@ -100,6 +113,8 @@ class TuneConfig(Section):
     residency: Literal["auto", "device", "host", "stream"] = "auto"
     memory_budget: str | None = None
     readers: Positive | None = None
+    local_copies: Path | None = None
+    local_copies_size: str | None = None
     out: Path = Path("runs")
     workers: Workers = None
     retries: Annotated[Integer, Field(ge=0)] = 3
@@ -171,7 +186,7 @@ class RunConfig(Section):
     model: str = "demo"
     revision: str | None = None
     device: str = "auto"
-    cache: Path | None = None
+    cache: Cache | None = None
     ray_address: str | None = None
     data: DataConfig = DataConfig()
     extract: ExtractConfig = ExtractConfig()
@@ -184,7 +199,7 @@ class RunConfig(Section):
         return self.data.source or (DEMO_DATA if self.model == "demo" else "glue")
 
     @property
-    def cache_path(self) -> Path:
+    def cache_path(self) -> Place:
         """The cache, resolved."""
         if self.cache is not None:
             return self.cache
@@ -199,6 +214,10 @@ def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
+        own = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(own, SherlPipeError):
+            # Not from `error`, which repeats the value.
+            raise type(own)(f"{where}: {own}") from None
         raise InputError(f"{where}: {_explain(error)}") from error
 
 
@@ -235,7 +254,7 @@ class _Loader(yaml.SafeLoader):
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = _place(first)
+    place = _keys(first)
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
         known = sorted(_section(place[:-1]).model_fields)
@@ -244,11 +263,11 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "invalid_key":
         return f"a key: expected text, found {first['input']!r}."
     # A value that may have several forms has one error for each.
-    forms = dict.fromkeys(_wanted(each["msg"]) for each in error.errors() if _place(each) == place)
+    forms = dict.fromkeys(_wanted(each["msg"]) for each in error.errors() if _keys(each) == place)
     return f"{key}: expected {' or '.join(forms)}, found {first['input']!r}."
 
 
-def _place(error: Any) -> list[str]:
+def _keys(error: Any) -> list[str]:
     """The keys that lead to an error, without numbers of elements and names of forms."""
     return [str(part) for part in error["loc"] if isinstance(part, str) and "[" not in part]
 

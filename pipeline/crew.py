@@ -10,10 +10,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from sherl_pipe.cache import WorkerError
+from sherl_pipe.cache.place import Place
 from sherl_pipe.pipeline.actor import Setup, ShardActor
 from sherl_pipe.stages.shards import Done, Lost, ShardJob
 
@@ -214,7 +214,7 @@ def employed(engine: Engine, setup: Setup, **options: Any) -> Iterator[Workers]:
         crew.close()
 
 
-def lost_error(lost: Sequence[Lost], path: Path) -> WorkerError:
+def lost_error(lost: Sequence[Lost], path: Place) -> WorkerError:
     """The error at the end of a run in which shards were given up."""
     shards = "; ".join(
         f"{each.job.name}, with examples {', '.join(one.hex() for one in each.job.ids)} (the last "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,8 +22,12 @@ from sherl_pipe.cache import (
     StreamSpec,
     TaskSpec,
 )
+from sherl_pipe.cache.copies import Copies, used_bytes
+from sherl_pipe.cache.copies import check_folder as check_copies
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import check_name
+from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
@@ -40,6 +45,8 @@ from sherl_pipe.stages.words import PrefixTree
 
 # Parameters below which threads do not pay.
 TINY = 5_000_000
+# Bytes of copies of streamed shards, unless more are asked for.
+MOST_COPIES = 50 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
@@ -59,7 +66,7 @@ class Prepared:
     """
 
     config: RunConfig
-    path: Path
+    path: Place
     sources: Sequence[Source]
     templates: Mapping[str, Template]
     tables: Sequence[LabelTable]
@@ -206,20 +213,41 @@ def spare_threads(backbone: Backbone) -> None:
         torch.set_num_threads(1)
 
 
-def parse_bytes(text: str | None) -> int:
+def parse_bytes(text: str | None, what: str = "memory budget") -> int:
     """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
     if text is None:
         return int(psutil.virtual_memory().available // 2)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     if match is None:
-        raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
+        raise InputError(explain(what, expected="such as 4GB or 512MiB", found=text))
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
-def check_folder(path: Path, option: str) -> Path:
-    """`path`, if a folder is or can be there. Raises InputError naming the option."""
-    if path.exists() and not path.is_dir():
+AnyPlace = TypeVar("AnyPlace", bound=Place)
+
+
+def copies(config: RunConfig) -> Copies | None:
+    """Where streamed shards are kept; None for a cache in a folder.
+
+    Raises InputError, StorageError.
+    """
+    if isinstance(config.cache_path, Path):
+        return None
+    tune = config.tune
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = tune.local_copies or base / "sherl-pipe" / "shards"
+    check_copies(folder)
+    if tune.local_copies_size is not None:
+        return Copies(folder, parse_bytes(tune.local_copies_size, "local copies size"))
+    return Copies(
+        folder, min(MOST_COPIES, (LocalStore(folder).free_bytes() + used_bytes(folder)) // 2)
+    )
+
+
+def check_folder(path: AnyPlace, option: str) -> AnyPlace:
+    """`path`, if a folder is or can be there; a URL is. Raises InputError naming the option."""
+    if isinstance(path, Path) and path.exists() and not path.is_dir():
         raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
     return path
 
@@ -256,7 +284,7 @@ def require_speech(family: Family) -> None:
         )
 
 
-def held_examples(path: Path) -> dict[bytes, str]:
+def held_examples(path: Place) -> dict[bytes, str]:
     """The split of every example in a cache. Raises what opening it raises."""
     try:
         places = FeatureCache.open(path).places

@@ -21,7 +21,27 @@ def stack(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-CACHE = click.option("--cache", type=FOLDER, required=True, help="Folder of the cache.")
+
+
+class _PlaceType(click.ParamType):  # type: ignore[type-arg] # takes none in older clicks
+    """A folder, or a URL of an object store."""
+
+    name = "folder or url"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from sherl_pipe.cache.place import parse_place
+
+        place = parse_place(value)
+        return FOLDER.convert(value, param, ctx) if isinstance(place, Path) else place
+
+
+PLACE = _PlaceType()
+CACHE = click.option(
+    "--cache",
+    type=PLACE,
+    required=True,
+    help="Folder of the cache, or s3://bucket/prefix (gs://, az://).",
+)
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 MOVED = click.option("--model", help="Where the backbone is, if it has moved.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
@@ -115,8 +135,9 @@ _FEATURES = [
     ),
     click.option(
         "--cache",
-        type=FOLDER,
-        help="Folder to write.  [default: ./cache/<name of the data>]",
+        type=PLACE,
+        help="Folder to write, or s3://bucket/prefix (gs://, az://).  [default: ./cache/<name of "
+        "the data>]",
     ),
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     TEXT_COLUMNS,
@@ -217,6 +238,17 @@ TUNE = [
         "--readers",
         type=click.IntRange(1),
         help="Threads that read shards.  [default: one for two processors, at most 4]",
+    ),
+    click.option(
+        "--local-copies",
+        type=FOLDER,
+        help="Folder for copies of shards that are streamed from an object store.  [default: "
+        "~/.cache/sherl-pipe/shards]",
+    ),
+    click.option(
+        "--local-copies-size",
+        help="Bytes that they take at most, such as 50GB; 0 keeps none.  [default: half of what is "
+        "free there, at most 50GB]",
     ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
     TUNE_WORKERS,

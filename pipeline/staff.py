@@ -68,10 +68,11 @@ def with_workers(
     engine: Engine, options: dict[str, int], ready: Prepared, writer: CacheWriter, bars: Bars
 ) -> Iterator[Extractor]:
     """Workers that `engine` runs; `options` as those of `Workers`."""
-    config, path = ready.config, ready.path.resolve()
+    config, path = ready.config, ready.path
+    if isinstance(path, Path):
+        path = path.resolve()  # workers need not start in this folder
     model = Path(config.model)
     setup = Setup(
-        # Workers need not start in this folder.
         model=str(model.resolve()) if model.is_dir() else config.model,
         revision=ready.backbone.revision or config.revision,
         dtype=config.extract.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sherl_pipe.cache import CacheWriter, FeatureCache, TaskSpec
 from sherl_pipe.cache.fingerprint import example_id
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import open_store
 from sherl_pipe.pipeline.added import (
     say_what_is_added,
     say_what_is_left,
@@ -20,6 +20,7 @@ from sherl_pipe.pipeline.opening import (
     DTYPES,
     Prepared,
     check_words,
+    copies,
     held_examples,
     method_settings,
     pick_device,
@@ -114,12 +115,13 @@ def _extract_continuations(
 def _before_extract(ready: Prepared) -> str:
     config, backbone, streams = ready.config, ready.backbone, ready.identity.streams
     taps = "; ".join(f"{name} {list(spec.taps)}" for name, spec in streams.items())
-    free = LocalStore(ready.path).free_bytes() / 2**30
+    free = open_store(ready.path).free_bytes()
+    room = "" if free is None else f" ({free / 2**30:.0f} GiB free)"
     return (
         f"extract: {config.model} ({backbone.parameters / 1e6:.1f} M parameters, "
         f"{config.extract.dtype}) on {backbone.device}; {len(ready.sources)} splits of "
         f"{config.data_source}; taps {taps}; codec {ready.identity.codec.name}; into "
-        f"{ready.path} ({free:.0f} GiB free)"
+        f"{ready.path}{room}"
     )
 
 
@@ -137,7 +139,7 @@ def open_for_tuning(
     Raises what loading and extraction raise, and StaleCacheError for another backbone.
     """
     keep_freed_memory()
-    cache = FeatureCache.open(config.cache_path)
+    cache = FeatureCache.open(config.cache_path, copies=copies(config))
     own = method_settings(config.tune, specs_of(cache, config.tune.tasks))
     late = find_method(config.tune.method).late_blocks(own["late"])
     name = model or str(cache.identity.backbone["name"])
@@ -166,7 +168,7 @@ def open_for_tuning(
         twin = full.cast(DTYPES[str(cache.identity.backbone["dtype"])])
         with CacheWriter.open(cache.path, cache.identity) as writer:
             _extract_words(Extractor(writer, twin, tokenizer, progress=bars, announce=say), cache)
-        cache = FeatureCache.open(config.cache_path)
+        cache = FeatureCache.open(config.cache_path, copies=copies(config))
     return cache, backbone, tokenizer
 
 

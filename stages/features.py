@@ -190,7 +190,9 @@ class FeatureSource:
     def _read_unit(self, unit: int, room: Room) -> None:
         split, shard = self._units[unit]
         for role, reading in self.readings.items():
-            self._streams[role][split].read_shard(shard, reading.taps, room[role])
+            self._streams[role][split].read_shard(
+                shard, reading.taps, room[role], keep=self.home.kind == "stream"
+            )
 
     def _locate(self, cache: FeatureCache, table: LabelTable) -> None:
         """Shard, first row and length of every row of the table."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable
+from sherl_pipe.cache.place import Place
 from sherl_pipe.stages.amounts import StepSample
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import pad_id
@@ -210,9 +211,9 @@ def _tokens_of(counted: Survey, table: LabelTable) -> Tokens:
     return replace(counted.splits[0].tokens, inputs=inputs, truncated=0)
 
 
-def _forget(folder: Path) -> None:
+def _forget(folder: Place) -> None:
     """Ask the system to drop a cache's files from memory, so that they are read from the disk."""
-    if not hasattr(os, "posix_fadvise"):
+    if not isinstance(folder, Path) or not hasattr(os, "posix_fadvise"):
         return
     for file in folder.rglob("*"):
         if file.is_file():

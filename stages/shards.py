@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +18,9 @@ from sherl_pipe.cache import FeatureCache, Identity, StreamSpec
 from sherl_pipe.cache.fence import committing
 from sherl_pipe.cache.layout import Layout, same_shards
 from sherl_pipe.cache.manifest import Records
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import open_store
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.tokens import Tokens
@@ -118,7 +118,7 @@ class ShardWorker:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         identity: Identity,
         token: str,
         backbone: Backbone,
@@ -148,7 +148,7 @@ class ShardWorker:
         Raises StorageError; LockedError where another run has taken the cache over.
         """
         files = stream_files(self._identity, job.split, job.stream, job.counts)
-        writer = ShardWriter(LocalStore(self._path), files)
+        writer = ShardWriter(open_store(self._path), files)
         with committing(self._path, self._token):
             # A worker that was given up for lost may have finished after all.
             return writer.receipt(job.shard) or writer.commit(job.shard, *buffer.arrays())

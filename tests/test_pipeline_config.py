@@ -187,7 +187,8 @@ EXTRACT = """--model m --revision r --device cpu --cache c --data d --task t --t
 TUNE = """--cache c --device cpu --task t --method lst --preset paper --reduction 2 --late 2
     --lr 0.1 --lr 0.2 --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1
     --clip 2 --init paper --pool first --head probe --loss vocabulary --precision bf16
-    --together 3 --residency host --memory-budget 1GB --readers 3 --out o"""
+    --together 3 --residency host --memory-budget 1GB --readers 3 --local-copies l
+    --local-copies-size 2GB --out o"""
 
 
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
