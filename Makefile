@@ -46,6 +46,7 @@ bench: $(VENV)/.bench  ## the tables of docs/ and benchmarks/; takes hours
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/digits_vit.py
+	$(BIN)/python benchmarks/shared_memory.py
 
 clean:
 	rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from sherl_pipe.cache import CODECS
-from sherl_pipe.pipeline import opening, planning, report_plan, steps
+from sherl_pipe.pipeline import opening, planning, report_plan, steps, tuning
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.adapter import TunedModel
@@ -62,7 +62,7 @@ def extracted(config: RunConfig) -> tuple[int, float]:
 
 def tuned(config: RunConfig) -> dict[str, float]:
     """Seconds of an epoch from the cache, by task."""
-    return {each.task: each.seconds_per_epoch for each in steps.run_tune(config, QUIET)}
+    return {each.task: each.seconds_per_epoch for each in tuning.run_tune(config, QUIET)}
 
 
 def live(config: RunConfig) -> dict[str, float]:

@@ -11,6 +11,7 @@ from sherl_pipe.cache.errors import (
     StaleCacheError,
     StorageError,
     UnsafeError,
+    WorkerError,
 )
 from sherl_pipe.cache.labels import LabelTable, TaskSpec
 from sherl_pipe.cache.reader import FeatureCache
@@ -40,4 +41,5 @@ __all__ = [
     "StreamWriter",
     "TaskSpec",
     "UnsafeError",
+    "WorkerError",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache.errors import CorruptCacheError, explain, hint, shown
 from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.schema import (
@@ -22,15 +23,15 @@ from sherl_pipe.cache.schema import (
     take,
     unseal,
 )
-from sherl_pipe.cache.store import LocalStore, is_partial
+from sherl_pipe.cache.stores import Store
 
 
-def read_added(store: LocalStore, identity: Identity) -> Identity:
+def read_added(store: Store, identity: Identity) -> Identity:
     """The `identity` of a cache's root metadata, with what was added to the cache.
 
     Raises CorruptCacheError, UnsafeError.
     """
-    keys = {key for key in store.list(DECLARATIONS) if not is_partial(key)}
+    keys = set(catalogue.file_keys(store, DECLARATIONS))
     for number in range(1, len(keys) + 1):
         key = declaration(number)
         path = str(store.path(key))
@@ -50,7 +51,7 @@ def read_added(store: LocalStore, identity: Identity) -> Identity:
     return identity
 
 
-def stored_identity(store: LocalStore) -> Identity | None:
+def stored_identity(store: Store) -> Identity | None:
     """What the cache at a store was made with, what was added included; None where there is none.
 
     Raises InputError for another format, CorruptCacheError, UnsafeError.
@@ -58,7 +59,7 @@ def stored_identity(store: LocalStore) -> Identity | None:
     return read_added(store, read_root(store)[0]) if store.exists(METADATA) else None
 
 
-def declare(store: LocalStore, identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:
+def declare(store: Store, identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:
     """`identity` with taps that it lacks, by stream; from now on they are part of the cache.
 
     Raises StorageError.
@@ -70,6 +71,7 @@ def declare(store: LocalStore, identity: Identity, missing: Mapping[str, StreamS
         "number": number,
         "streams": {name: spec.to_json() for name, spec in missing.items()},
     }
+    catalogue.enter(store, declaration(number))
     store.create(declaration(number), seal(body))
     return replace(identity, added=(*identity.added, dict(missing)))
 

@@ -62,6 +62,12 @@ class NonFiniteError(SherlPipeError, ArithmeticError):
     exit_code = 9
 
 
+class WorkerError(SherlPipeError, RuntimeError):
+    """Workers of a Ray cluster, or the cluster itself, failed (exit 10)."""
+
+    exit_code = 10
+
+
 def explain(what: str, *, expected: Any = None, found: Any = None, todo: str = "") -> str:
     """One message: what is wrong, what was expected and found, what to do."""
     parts = [what]

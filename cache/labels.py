@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sherl_pipe.cache import catalogue
+from sherl_pipe.cache.catalogue import LABELS as FOLDER
 from sherl_pipe.cache.errors import CorruptCacheError, InputError, explain, hint, shown
 from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.schema import check_part, seal, take, unseal
-from sherl_pipe.cache.store import LocalStore, is_partial
+from sherl_pipe.cache.stores import Store
 
-FOLDER = "_labels"
+KINDS = ("classification", "regression", "text", "retrieval")
 
-KINDS = ("classification", "regression", "retrieval")
-
-Label = int | float
+Label = int | float | str
 BIGGEST = 1e300  # an integer of JSON can be larger than any float
 
 
@@ -28,9 +28,9 @@ class TaskSpec:
     """What the labels of a task mean.
 
     Attributes:
-        kind: `classification` (labels index `classes`), `regression` (labels are numbers) or
-            `retrieval` (labels index the table's `images`).
-        classes: names of the classes; empty for the other kinds.
+        kind: `classification` (labels index `classes`), `regression` (labels are numbers), `text`
+            (labels are texts) or `retrieval` (labels index the table's `images`).
+        classes: names of the classes; of a classification only.
         words: label words of a text-to-text backbone, one per class; for regression the graded
             values as text.
         metrics: names of the metrics, the GLUE ones where the task is known.
@@ -103,7 +103,7 @@ class LabelTable:
         }
 
 
-def write(store: LocalStore, table: LabelTable) -> int:
+def write(store: Store, table: LabelTable) -> int:
     """Write or replace a table; returns how many of its rows are new or changed.
 
     Raises InputError for labels that are none of the task, UnsafeError for odd names.
@@ -116,12 +116,13 @@ def write(store: LocalStore, table: LabelTable) -> int:
         if before == table:
             return 0
         old = set(zip(before.ids, before.image_ids or before.labels, strict=True))
+    catalogue.enter(store, table.key)
     store.replace(table.key, seal(table.to_json()))
     rows = zip(table.ids, table.image_ids or table.labels, strict=True)
     return sum(row not in old for row in rows)
 
 
-def read(store: LocalStore, key: str) -> LabelTable:
+def read(store: Store, key: str) -> LabelTable:
     """One table. Raises CorruptCacheError for a damaged file, UnsafeError for an odd name."""
     data, path = store.read(key), str(store.path(key))
     with hint("Delete it and attach the labels again."):
@@ -170,7 +171,14 @@ def _problem(table: LabelTable) -> str | None:
             return explain(f"{where}: bytes of the id", expected=ID_BYTES, found=len(identity))
         if table.spec.kind == "regression":
             wanted = "a finite number"
-            good = type(label) in (int, float) and -BIGGEST < label < BIGGEST
+            good = (
+                isinstance(label, int | float)
+                and not isinstance(label, bool)
+                and -BIGGEST < label < BIGGEST
+            )
+        elif table.spec.kind == "text":
+            wanted = "a text with more than blanks"
+            good = type(label) is str and label.strip() != ""
         else:
             wanted = f"{'an image' if retrieval else 'a class'} from 0 to {classes - 1}"
             good = type(label) is int and 0 <= label < classes
@@ -181,16 +189,10 @@ def _problem(table: LabelTable) -> str | None:
     return None
 
 
-def read_all(store: LocalStore) -> dict[str, dict[str, LabelTable]]:
+def read_all(store: Store) -> dict[str, dict[str, LabelTable]]:
     """Every table, by task and role."""
     tasks: dict[str, dict[str, LabelTable]] = {}
-    for key in keys(store):
+    for key in catalogue.label_keys(store):
         table = read(store, key)
         tasks.setdefault(table.task, {})[table.role] = table
     return tasks
-
-
-def keys(store: LocalStore) -> list[str]:
-    """The tables' files; what a writer has under way, or left behind when it died, is none."""
-    found = store.list(FOLDER)
-    return [key for key in found if key.endswith(".json") and not is_partial(key)]

@@ -73,17 +73,17 @@ def assign(lengths: npt.NDArray[np.int64], capacity: int, seed: int) -> Layout:
     return Layout(capacity, shards, _place(shard_of, lengths, shards))
 
 
-def same_shards(layout: Layout, rows: int) -> Layout:
-    """The same examples in the same shards and order, with `rows` rows each."""
-    lengths = np.full(len(layout.index), rows, np.int64)
-    counts = np.bincount(layout.index[:, 0], minlength=layout.shards)
+def same_shards(layout: Layout, rows: int | npt.NDArray[np.int64]) -> Layout:
+    """The same examples in the same shards and order, with `rows` rows each, or `rows[i]`."""
+    lengths = np.broadcast_to(np.asarray(rows, np.int64), len(layout.index))
+    counts = np.bincount(layout.index[:, 0], lengths, minlength=layout.shards)
     index = np.empty_like(layout.index)
     for shard in range(layout.shards):
         members = layout.members(shard)
         index[members, 0] = shard
-        index[members, 1] = np.arange(len(members)) * rows
+        index[members, 1] = np.cumsum(lengths[members]) - lengths[members]
         index[members, 2] = lengths[members]
-    return Layout(max(1, int(counts.max(initial=0)) * rows), layout.shards, index)
+    return Layout(max(1, int(counts.max(initial=0))), layout.shards, index)
 
 
 def _place(shard_of: Index, lengths: Index, shards: int) -> Index:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,8 @@ from sherl_pipe.cache.errors import (
     hint,
     shown,
 )
-from sherl_pipe.cache.fingerprint import ID_BYTES, hash_bytes
+from sherl_pipe.cache.fingerprint import ID_BYTES
+from sherl_pipe.cache.record import FileRecord as FileRecord
 from sherl_pipe.cache.schema import (
     ATTRIBUTE,
     MAX_ROWS,
@@ -37,7 +37,7 @@ from sherl_pipe.cache.schema import (
     take,
     unseal,
 )
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 
 METADATA, MANIFEST, PLAN, RECEIPTS = "zarr.json", "manifest.json", "plan.json", "receipts"
 
@@ -49,42 +49,6 @@ STREAM_DATA = re.compile(
 # A shard may decode to this many bytes whatever its size, and beyond that to so many times the
 # bytes of its array's files: features never shrink so far, and bombs do.
 PLAIN_BYTES, MAX_RATIO = 64 << 20, 256
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What is known of a committed file.
-
-    Not crc32c: a Zarr shard ends every chunk and its index with the crc32c of what precedes it,
-    and the crc32c of such a sequence depends on the lengths alone. Two shards of equal length
-    have the same one, so it cannot tell a swapped shard.
-    """
-
-    size: int
-    crc32: int
-    sha256: str
-
-    @classmethod
-    def of(cls, data: bytes) -> FileRecord:
-        return cls(len(data), zlib.crc32(data), hash_bytes(data))
-
-    def matches(self, data: bytes) -> bool:
-        """Whether size and crc32 are those of `data`; fast enough for every read."""
-        return len(data) == self.size and zlib.crc32(data) == self.crc32
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bytes": self.size, "crc32": self.crc32, "sha256": self.sha256}
-
-    @classmethod
-    def from_json(cls, data: Any, path: str) -> FileRecord:
-        return cls(
-            bounded(take(data, "bytes", int, path), 0, MAX_ROWS, f"{path}: bytes"),
-            bounded(take(data, "crc32", int, path), 0, 0xFFFFFFFF, f"{path}: crc32"),
-            take(data, "sha256", str, path),
-        )
-
-    def __str__(self) -> str:
-        return f"{self.size} bytes with crc32 {self.crc32}"
 
 
 Records = Mapping[str, FileRecord]
@@ -184,7 +148,7 @@ def require_keys(records: Records, keys: Iterable[str], path: str) -> None:
         raise UnsafeError(f"{path}: field 'files': {key[:200]!r} is no file of this stream.")
 
 
-def restore(store: LocalStore, base: str, key: str = "") -> str:
+def restore(store: Store, base: str, key: str = "") -> str:
     """How to get a stream back whose file `key` is damaged."""
     # Metadata of the groups above belongs to other streams too; they go with it.
     inside = not key or key.startswith(f"{base}/")
@@ -192,12 +156,12 @@ def restore(store: LocalStore, base: str, key: str = "") -> str:
     return f"To restore, delete {store.path(folder) if folder else store.root} and extract again."
 
 
-def remedy(store: LocalStore, base: str, key: str = "") -> str:
+def remedy(store: Store, base: str, key: str = "") -> str:
     """As `restore`, where there may be more damage than was met."""
     return f"Run `sherl-pipe verify --cache {store.root}`. {restore(store, base, key)}"
 
 
-def read_plan(store: LocalStore, base: str) -> Mapping[str, Any]:
+def read_plan(store: Store, base: str) -> Mapping[str, Any]:
     """The plan of a stream that is being written.
 
     Raises CorruptCacheError, UnsafeError, and FileNotFoundError where there is none.
@@ -208,7 +172,7 @@ def read_plan(store: LocalStore, base: str) -> Mapping[str, Any]:
         return _plan(unseal(data, path), path)
 
 
-def read_manifest(store: LocalStore, base: str) -> tuple[Mapping[str, Any], Records]:
+def read_manifest(store: Store, base: str) -> tuple[Mapping[str, Any], Records]:
     """Plan and files of a committed stream; `StreamFiles.check` has to be held against them.
 
     Raises CorruptCacheError, UnsafeError, and FileNotFoundError where there is none.
@@ -221,12 +185,17 @@ def read_manifest(store: LocalStore, base: str) -> tuple[Mapping[str, Any], Reco
         return plan, _records(body, path)
 
 
-def read_receipt(store: LocalStore, files: StreamFiles, shard: int) -> Records:
+def receipt_key(base: str, shard: int) -> str:
+    """Key of the receipt of a shard of the stream at `base`."""
+    return f"{base}/{RECEIPTS}/{shard}.json"
+
+
+def read_receipt(store: Store, files: StreamFiles, shard: int) -> Records:
     """The files of a committed shard.
 
     Raises CorruptCacheError, UnsafeError, and FileNotFoundError where there is none.
     """
-    key = f"{files.base}/{RECEIPTS}/{shard}.json"
+    key = receipt_key(files.base, shard)
     data, path = store.read(key), str(store.path(key))
     with hint("Delete it and run the same command again: it does that shard anew."):
         body = unseal(data, path)
@@ -267,7 +236,7 @@ def _plan(body: Any, path: str) -> Mapping[str, Any]:
     return checked
 
 
-def read_root(store: LocalStore) -> tuple[Identity, FileRecord]:
+def read_root(store: Store) -> tuple[Identity, FileRecord]:
     """The identity in a cache's root metadata, and what that file is.
 
     Raises InputError where there is no cache, CorruptCacheError, UnsafeError.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache import labels as label_files
 from sherl_pipe.cache.added import read_added
+from sherl_pipe.cache.copies import Copies
 from sherl_pipe.cache.errors import (
     CorruptCacheError,
     IncompleteSplitError,
@@ -27,8 +28,10 @@ from sherl_pipe.cache.manifest import (
     read_root,
     restore,
 )
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import Identity, StreamSpec, stream_kind, stream_number
-from sherl_pipe.cache.store import LocalStore, is_partial
+from sherl_pipe.cache.store import is_partial
+from sherl_pipe.cache.stores import Store, open_store
 from sherl_pipe.cache.stream import Stream
 
 
@@ -36,13 +39,13 @@ class FeatureCache:
     """A cache opened for reading. `FeatureCache.open(path)` makes one.
 
     Attributes:
-        path: its folder.
+        path: its folder or URL.
         identity: what made it, and what was added to it.
         incomplete: streams that were begun and not finished, or that an addition of taps still
             wants: name -> (committed shards, shards).
     """
 
-    def __init__(self, store: LocalStore, identity: Identity, root: FileRecord) -> None:
+    def __init__(self, store: Store, identity: Identity, root: FileRecord) -> None:
         self._store, self._root = store, root
         self.path = store.root
         self.identity = identity
@@ -53,13 +56,16 @@ class FeatureCache:
         self._join()
 
     @classmethod
-    def open(cls, path: str | Path, expect: Identity | None = None) -> FeatureCache:
+    def open(
+        cls, path: str | Place, expect: Identity | None = None, copies: Copies | None = None
+    ) -> FeatureCache:
         """Open the cache at `path`.
 
         Args:
-            path: its folder.
+            path: its folder, or its URL in an object store, such as `s3://bucket/prefix`.
             expect: the identity that the caller needs; any other is refused, and one that lacks
                 some of its taps.
+            copies: where shards of an object store that are streamed again and again are kept.
 
         Raises:
             InputError: no cache there, or one of another format version.
@@ -68,10 +74,10 @@ class FeatureCache:
             UnsafeError: metadata that would lead outside the cache or take all memory.
             StaleCacheError: it differs from `expect`; the message names the first field.
         """
-        store = LocalStore(Path(path))
+        store = open_store(path, copies)
         identity, root = read_root(store)
         if expect is not None:
-            identity.require(expect, str(path))
+            identity.require(expect, str(store.root))
         cache = cls(store, identity, root)
         if not cache._streams and cache.incomplete:
             raise IncompleteSplitError(cache._progress(next(iter(cache.incomplete))))
@@ -156,7 +162,7 @@ class FeatureCache:
         found = []
         for _, stream in sorted(self._stored.items()):
             found += stream.problems()
-        for key in label_files.keys(self._store):
+        for key in catalogue.label_keys(self._store):
             try:
                 label_files.read(self._store, key)
             except CorruptCacheError as error:
@@ -174,8 +180,7 @@ class FeatureCache:
         )
 
     def _scan(self) -> None:
-        labels = f"{label_files.FOLDER}/"  # may hold a role called plan or manifest
-        keys = {k for k in self._store.list() if not is_partial(k) and not k.startswith(labels)}
+        keys = catalogue.stream_keys(self._store)
         # Behind the listing: additions come before their streams.
         self.identity = read_added(self._store, self.identity)
         for key in sorted(keys):
@@ -191,10 +196,10 @@ class FeatureCache:
         }
         for base in sorted(begun | held):
             if f"{base}/{MANIFEST}" not in keys:
-                self._unfinished(base, sum(key.startswith(f"{base}/{RECEIPTS}/") for key in keys))
+                self._unfinished(base)
 
-    def _unfinished(self, base: str, done: int) -> None:
-        """A stream that the listing shows without a manifest, and with `done` receipts.
+    def _unfinished(self, base: str) -> None:
+        """A stream that was seen without a manifest.
 
         Raises CorruptCacheError if it was finished, or half deleted.
         """
@@ -214,6 +219,8 @@ class FeatureCache:
                 ) from error
             self._add(base)
         else:
+            receipts = self._store.list(f"{base}/{RECEIPTS}")
+            done = sum(not is_partial(key) for key in receipts)
             self.incomplete[base] = (done, plan["layout"]["shards"])
 
     def _add(self, base: str) -> None:
@@ -261,5 +268,5 @@ class FeatureCache:
 
 
 def _main_first(item: tuple[str, Stream]) -> bool:
-    """The stream that holds every example of a split comes before those made for label words."""
-    return item[0].startswith("decoder-")
+    """The stream that holds every example of a split comes before those made for some labels."""
+    return "-" in item[0]

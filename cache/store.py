@@ -10,13 +10,17 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from sherl_pipe.cache.errors import CorruptCacheError, StorageError, UnsafeError, explain
+from sherl_pipe.cache.record import FileRecord
 
 PARTIAL = ".partial-"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 # What a call is answered with by a file system that does not offer it.
 _LACKING = {errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EMLINK}
 
@@ -76,18 +80,25 @@ def _unlisted(error: OSError) -> None:
             raise error
 
 
+def key_parts(key: str) -> list[str]:
+    """The parts of a key. Raises UnsafeError for one that would leave the root."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise UnsafeError(f"key {key!r} does not stay inside the cache")
+    return parts
+
+
 class LocalStore:
     """A folder of the local file system."""
+
+    lists = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, key: str) -> Path:
         """The file of `key`. Raises UnsafeError for a key that would leave the root."""
-        parts = key.split("/")
-        if any(part in ("", ".", "..") or "\0" in part for part in parts):
-            raise UnsafeError(f"key {key!r} does not stay inside the cache")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*key_parts(key))
 
     def _no_links(self, path: Path) -> None:
         """Refuse a folder below the root that is a link: its target may lie anywhere."""
@@ -96,8 +107,11 @@ class LocalStore:
                 return
             _refuse_link(parent)
 
-    def read(self, key: str) -> bytes:
-        """The bytes of `key`. Raises FileNotFoundError, UnsafeError, StorageError."""
+    def read(self, key: str, record: FileRecord | None = None, *, keep: bool = False) -> bytes:
+        """The bytes of `key`; what they should be makes no difference to a folder.
+
+        Raises FileNotFoundError, UnsafeError, StorageError.
+        """
         path = self.path(key)
         with _storage_errors(path):
             self._no_links(path)
@@ -131,6 +145,10 @@ class LocalStore:
                 raise UnsafeError(f"{path} is not a plain file. Remove it.")
             return found.st_size
 
+    def holds(self, key: str, record: FileRecord) -> bool:
+        """Whether `key` is there, whole. Raises UnsafeError, StorageError."""
+        return self.exists(key) and record.matches(self.read(key))
+
     def create(self, key: str, data: bytes) -> None:
         """Write `key` once. Raises FileExistsError if it is there, StorageError, UnsafeError."""
         self._put(key, data, exclusive=True)
@@ -138,6 +156,10 @@ class LocalStore:
     def replace(self, key: str, data: bytes) -> None:
         """Write `key`, replacing it atomically."""
         self._put(key, data, exclusive=False)
+
+    def update(self, key: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace `key` by what `change` makes of it; for the lock's holder."""
+        self.replace(key, change(self.read(key) if self.exists(key) else None))
 
     def _put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(key)
@@ -231,6 +253,10 @@ class LocalStore:
         for key in partials:
             self.delete(key)
         return len(partials)
+
+    def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Sequence[Result]:
+        """`work` on every item, in order; a disk gains nothing from several at once."""
+        return [work(item) for item in items]
 
     def free_bytes(self) -> int:
         """Free space where the cache is, or where it will be. Raises StorageError."""

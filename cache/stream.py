@@ -37,7 +37,7 @@ from sherl_pipe.cache.schema import (
     stream_kind,
     stream_number,
 )
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Stream:
     """
 
     def __init__(
-        self, store: LocalStore, identity: Identity, root: FileRecord, split: str, name: str
+        self, store: Store, identity: Identity, root: FileRecord, split: str, name: str
     ) -> None:
         """Of a cache whose root metadata is `root` and says `identity`.
 
@@ -195,6 +195,8 @@ class Stream:
         shard: int,
         taps: Sequence[int] | None = None,
         out: tuple[Codes, Scales | None] | None = None,
+        *,
+        keep: bool = False,
     ) -> ShardData:
         """The rows of one shard that hold data, still coded.
 
@@ -202,6 +204,8 @@ class Stream:
             shard: its number.
             taps: tap numbers to read, in the wanted order; all of them by default.
             out: memory for codes and scales, of their shapes; fresh memory by default.
+            keep: whether the shard will be read again, so that of one in an object store a copy
+                nearby may be kept.
 
         Raises:
             CorruptCacheError: a file is missing, or is not the file that was committed.
@@ -226,7 +230,7 @@ class Stream:
                     slots=slots,
                     room=len(stored),
                 )
-                found[name] = part._decoded(key, f"shard {shard}", decode)
+                found[name] = part._decoded(key, f"shard {shard}", decode, keep=keep)
         codes = found["values"]
         if codes is None:
             raise RuntimeError(f"{self.base}: shard {shard} has no values")
@@ -242,40 +246,41 @@ class Stream:
 
     def problems(self) -> list[str]:
         """Every file of this stream that is not the one that was committed."""
-        found = []
-        for key, record in sorted(self.files.items()):
-            try:
-                data = self._store.read(key)
-            except FileNotFoundError:
-                found.append(f"{self._store.path(key)} is missing")
-                continue
-            now, path = FileRecord.of(data), self._store.path(key)
-            if now.size != record.size:
-                found.append(explain(f"{path}: bytes", expected=record.size, found=now.size))
-            elif now.sha256 != record.sha256:
-                found.append(
-                    explain(f"{path}: sha256", expected=shown(record.sha256), found=now.sha256)
-                )
-        return found
+        return [
+            problem
+            for problem in self._store.each(self._problem, sorted(self.files))
+            if problem is not None
+        ]
+
+    def _problem(self, key: str) -> str | None:
+        record, path = self.files[key], self._store.path(key)
+        try:
+            now = FileRecord.of(self._store.read(key, record))
+        except FileNotFoundError:
+            return f"{path} is missing"
+        if now.size != record.size:
+            return explain(f"{path}: bytes", expected=record.size, found=now.size)
+        if now.sha256 != record.sha256:
+            return explain(f"{path}: sha256", expected=shown(record.sha256), found=now.sha256)
+        return None
 
     def check_metadata(self) -> None:
         """Raise CorruptCacheError unless every `zarr.json` is the one that was committed.
 
         The root's is not read again: it was compared when the stream was opened.
         """
-        for key in self._keys.metadata():
-            if key != METADATA:
-                self._checked(key, "metadata")
+        keys = [key for key in self._keys.metadata() if key != METADATA]
+        self._store.each(partial(self._checked, what="metadata"), keys)
 
-    def _checked(self, key: str, what: str) -> bytes:
+    def _checked(self, key: str, what: str, *, keep: bool = False) -> bytes:
+        record = self.files.get(key)
         try:
-            data = self._store.read(key)
+            data = self._store.read(key, record, keep=keep)
         except FileNotFoundError as error:
             raise CorruptCacheError(
                 f"{self._store.path(key)} ({what}) is missing. "
                 f"{remedy(self._store, self.base, key)}"
             ) from error
-        record = self.files.get(key)
         if record is None or not record.matches(data):
             raise self._other(key, what, FileRecord.of(data))
         return data
@@ -291,9 +296,14 @@ class Stream:
         )
 
     def _decoded(
-        self, key: str, what: str, decode: Callable[[bytes], npt.NDArray[Any]]
+        self,
+        key: str,
+        what: str,
+        decode: Callable[[bytes], npt.NDArray[Any]],
+        *,
+        keep: bool = False,
     ) -> npt.NDArray[Any]:
-        data, path = self._checked(key, what), self._store.path(key)
+        data, path = self._checked(key, what, keep=keep), self._store.path(key)
         with hint(remedy(self._store, self.base, key)):
             try:
                 return decode(data)

@@ -7,12 +7,12 @@ so a killed writer loses at most the shard in flight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from sherl_pipe.cache.arrays import ArraySpec, group_metadata
+from sherl_pipe.cache import catalogue
+from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.errors import (
     CorruptCacheError,
@@ -31,10 +31,8 @@ from sherl_pipe.cache.manifest import (
     RECEIPTS,
     FileRecord,
     Records,
-    StreamFiles,
     read_manifest,
     read_plan,
-    read_receipt,
     remedy,
     restore,
 )
@@ -45,7 +43,8 @@ from sherl_pipe.cache.schema import (
     seal,
     stream_version,
 )
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.shard_writer import ShardWriter, records_json, stream_files
+from sherl_pipe.cache.stores import Store
 
 
 class StreamWriter:
@@ -53,7 +52,7 @@ class StreamWriter:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         identity: Identity,
         split: str,
         stream: str,
@@ -66,7 +65,9 @@ class StreamWriter:
         self.base = f"{split}/{stream}"
         self.spec: StreamSpec = self.identity.spec(stream)
         counts = summary(layout)
-        self.files = StreamFiles.of(self.base, self.spec, self.identity.codec, counts)
+        self.files = stream_files(identity, split, stream, counts)
+        self._shards = ShardWriter(store, self.files)
+        self._known: dict[int, Records] = {}
         self.plan = {
             "format": stream_version(stream),
             "split": split,
@@ -76,6 +77,7 @@ class StreamWriter:
             "layout": counts,
             "notes": dict(notes),
         }
+        catalogue.enter(self.store, self.base)
         self.complete = self.store.exists(f"{self.base}/{MANIFEST}")
         if self.complete:
             self._check_finished()
@@ -94,30 +96,19 @@ class StreamWriter:
         """Shards that are not committed, ascending."""
         if self.complete:
             return []
-        return [shard for shard in range(self.layout.shards) if self._receipt(shard) is None]
+        return [shard for shard, receipt in enumerate(self._receipts()) if receipt is None]
 
     def commit(self, shard: int, codes: Codes, scales: Scales | None) -> int:
-        """Write one shard and its receipt.
+        """Write one shard and its receipt; arguments and errors as `ShardWriter.commit`.
 
-        Args:
-            codes: `uint8 [taps, rows, code bytes]` of the shard's used rows.
-            scales: `uint8 [taps, rows, scale bytes]`, or None where the codec has none.
-
-        Returns the bytes written. Raises StorageError.
+        Returns the bytes written.
         """
-        blocks: dict[str, npt.NDArray[Any]] = {"values": codes}
-        if scales is not None:
-            blocks["scales"] = scales
-        files = {}
-        for name, key in self.files.shard(shard).items():
-            spec = self.files.arrays[name]
-            data = spec.encode(shard, _with_tail(spec, blocks[name]))
-            # A file without a receipt is the trace of a crash; it is written anew.
-            self.store.delete(key)
-            self.store.create(key, data)
-            files[key] = FileRecord.of(data)
-        self.store.create(self._receipt_key(shard), seal({"shard": shard, "files": _json(files)}))
-        return sum(record.size for record in files.values())
+        return self.accept(shard, self._shards.commit(shard, codes, scales))
+
+    def accept(self, shard: int, receipt: Records) -> int:
+        """Take note of a shard that a worker of this run has committed; its bytes."""
+        self._known[shard] = receipt
+        return sum(record.size for record in receipt.values())
 
     def finish(self) -> None:
         """Commit the manifest; from now on readers see the stream.
@@ -127,7 +118,7 @@ class StreamWriter:
         if self.complete:
             return
         files = {k: FileRecord.of(self.store.read(k)) for k in self.files.before_shards()}
-        receipts = [self._receipt(shard) for shard in range(self.layout.shards)]
+        receipts = self._receipts()
         missing = [shard for shard, receipt in enumerate(receipts) if receipt is None]
         if missing:
             raise IncompleteSplitError(
@@ -141,7 +132,7 @@ class StreamWriter:
         # What a reader would refuse is not committed.
         with hint("Extract to another --cache with a smaller --shard-mib."):
             self.files.check(files, str(self.store.path(manifest)))
-        self.store.create(manifest, seal({"plan": self.plan, "files": _json(files)}))
+        self.store.create(manifest, seal({"plan": self.plan, "files": records_json(files)}))
         self.complete = True
         self._remove_working_files()
 
@@ -164,9 +155,11 @@ class StreamWriter:
         self._renew(f"{self.base}/{METADATA}", group_metadata(attributes))
 
     def _renew(self, key: str, data: bytes) -> None:
-        if not self.store.exists(key) or self.store.read(key) != data:
+        if self.store.exists(key):
+            if self.store.read(key) == data:
+                return
             self.store.delete(key)
-            self.store.create(key, data)
+        self.store.create(key, data)
 
     def _check_finished(self) -> None:
         """Raise unless the stream is of this data, and its files are there in their sizes."""
@@ -174,8 +167,8 @@ class StreamWriter:
         self._check_same(plan)
         with hint(restore(self.store, self.base)):
             self.files.check(records, str(self.store.path(f"{self.base}/{MANIFEST}")))
-        for key, record in records.items():
-            found = self.store.size(key)
+        sizes = self.store.each(self.store.size, records)
+        for (key, record), found in zip(records.items(), sizes, strict=True):
             if found != record.size:
                 raise CorruptCacheError(
                     explain(
@@ -211,42 +204,23 @@ class StreamWriter:
                     )
                 )
 
-    def _receipt_key(self, shard: int) -> str:
-        return f"{self.base}/{RECEIPTS}/{shard}.json"
+    def _receipts(self) -> Sequence[Records | None]:
+        return self.store.each(self._receipt, range(self.layout.shards))
 
     def _receipt(self, shard: int) -> Records | None:
-        """The receipt of a committed shard; None, and no trace of it, where it is not whole."""
-        if not self.store.exists(self._receipt_key(shard)):
-            return None
-        receipt = read_receipt(self.store, self.files, shard)
-        whole = all(
-            self.store.exists(key) and record.matches(self.store.read(key))
-            for key, record in receipt.items()
-        )
-        if not whole:
-            self.store.delete(self._receipt_key(shard))
-            return None
-        return receipt
+        """The receipt of a committed shard, whose files were read back since this writer began."""
+        if shard not in self._known:
+            found = self._shards.receipt(shard)
+            if found is None:
+                return None
+            self._known[shard] = found
+        return self._known[shard]
 
     def _remove_receipts(self) -> None:
-        for key in list(self.store.list(f"{self.base}/{RECEIPTS}")):
-            self.store.delete(key)
+        self.store.each(self.store.delete, list(self.store.list(f"{self.base}/{RECEIPTS}")))
         self.store.delete_folder(f"{self.base}/{RECEIPTS}")
 
     def _remove_working_files(self) -> None:
         """Receipts and plan live on in the manifest."""
         self._remove_receipts()
         self.store.delete(f"{self.base}/{PLAN}")
-
-
-def _json(records: Records) -> dict[str, Any]:
-    return {key: record.to_json() for key, record in records.items()}
-
-
-def _with_tail(spec: ArraySpec, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """`block` filled up to the shard's capacity."""
-    if block.shape == spec.shard:
-        return block
-    whole = np.full(spec.shard, spec.fill, spec.dtype)
-    whole[:, : block.shape[1]] = block
-    return whole

@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from sherl_pipe.cache import catalogue
 from sherl_pipe.cache import labels as label_files
 from sherl_pipe.cache.added import declare, stored_identity
 from sherl_pipe.cache.arrays import group_metadata
+from sherl_pipe.cache.fence import shut
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
-from sherl_pipe.cache.lock import write_lock
 from sherl_pipe.cache.manifest import METADATA
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store, writing
 from sherl_pipe.cache.stream_writer import StreamWriter
 
 
 class CacheWriter:
     """The one writer of a cache. Make it with `CacheWriter.open`."""
 
-    def __init__(self, store: LocalStore, identity: Identity) -> None:
+    def __init__(self, store: Store, identity: Identity) -> None:
         self.store = store
         self.identity = identity
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | Path, identity: Identity) -> Iterator[CacheWriter]:
-        """Lock the cache at `path`, creating it if need be.
+    def open(cls, path: str | Place, identity: Identity) -> Iterator[CacheWriter]:
+        """Lock the cache at `path`, a folder or a URL, creating it if need be.
 
         Taps of `identity` that the cache lacks are added to it: from now on every stream has to be
         extended by streams of them (`Identity.parts`). Those that are there stay.
@@ -41,13 +42,13 @@ class CacheWriter:
             CorruptCacheError: what says which taps were added is damaged.
             StorageError: the storage refuses.
         """
-        root = Path(path)
-        with write_lock(root):
-            store = LocalStore(root)
+        with writing(path) as store:
+            shut(store.root)
             store.remove_partials()
+            catalogue.begin(store)
             found = stored_identity(store)
             if found is not None:
-                found.require(identity, str(root))
+                found.require(identity, str(store.root))
                 if missing := found.missing(identity):
                     found = declare(store, found, missing)
             else:

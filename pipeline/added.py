@@ -6,12 +6,12 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sherl_pipe.cache import FeatureCache, Identity, InputError, StreamSpec
 from sherl_pipe.cache.added import stored_identity
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.place import Place
+from sherl_pipe.cache.stores import open_store
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import say
 from sherl_pipe.pipeline.record import RECORD
@@ -19,12 +19,12 @@ from sherl_pipe.stages.taps import LackingTapsError
 from sherl_pipe.stages.task import splits_of
 
 
-def say_what_is_added(path: Path, wanted: Identity) -> None:
+def say_what_is_added(path: Place, wanted: Identity) -> None:
     """Say which taps the extraction of `wanted` adds to the cache at `path`, and which stay.
 
     Raises StaleCacheError for a cache of other settings; what reading it raises.
     """
-    found = stored_identity(LocalStore(path))
+    found = stored_identity(open_store(path))
     if found is None:
         return
     found.require(wanted, str(path))
@@ -60,7 +60,7 @@ def specs_of(cache: FeatureCache, tasks: Sequence[str]) -> Mapping[str, StreamSp
 
 
 @contextmanager
-def naming_the_extraction(path: Path) -> Iterator[None]:
+def naming_the_extraction(path: Place) -> Iterator[None]:
     """Add to an error about taps that a cache lacks the command that adds them."""
     try:
         yield
@@ -69,11 +69,11 @@ def naming_the_extraction(path: Path) -> Iterator[None]:
         raise InputError(f"{error} Here: {command}" if command else str(error)) from error
 
 
-def adding(path: Path, taps: Sequence[int]) -> str:
+def adding(path: Place, taps: Sequence[int]) -> str:
     """The command that extracted into the cache at `path` last, but for `taps`; empty where that is
     not recorded."""
     try:
-        record = json.loads(LocalStore(path).read(RECORD))
+        record = json.loads(open_store(path).read(RECORD))
         config = RunConfig.model_validate(record["config"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ""

@@ -17,13 +17,17 @@ from sherl_pipe.pipeline.options import (
     LABEL_COLUMN,
     MOVED,
     PLAN,
+    RAY_ADDRESS,
+    TARGET_COLUMN,
     TEXT_COLUMNS,
     TUNE,
+    TUNE_WORKERS,
     extract_values,
     stack,
 )
 
 if TYPE_CHECKING:
+    from sherl_pipe.cache.place import Place
     from sherl_pipe.pipeline.config import RunConfig
 
 DEBUG = "SHERL_PIPE_DEBUG"
@@ -73,7 +77,7 @@ def tune(**options: Any) -> None:
     """Stage two: tune side modules for the tasks of a cache."""
     from sherl_pipe.pipeline.config import make_config
 
-    whole = {key: options.pop(key) for key in ("cache", "device")}
+    whole = {key: options.pop(key) for key in ("cache", "device", "ray_address")}
     as_json, model = options.pop("as_json"), options.pop("model")
     data = {key: options.pop(key) for key in ("source", "text_columns")}
     options["seed"] = options["seed"] or (0,)
@@ -82,11 +86,44 @@ def tune(**options: Any) -> None:
 
 
 @cli.command()
+@stack(
+    [
+        click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        MOVED,
+        TUNE_WORKERS,
+        RAY_ADDRESS,
+        JSON,
+    ]
+)
+def sweep(
+    config: Path,
+    model: str | None,
+    workers: int | str | None,
+    ray_address: str | None,
+    as_json: bool,
+) -> None:
+    """Stage two many times over: tasks, methods, settings and seeds, as CONFIG's sweep says.
+
+    The features are in the cache already. Run again after an interruption: what is finished is not
+    done again. One row for each tuning is in sweep.parquet beside the adapters.
+    """
+    from sherl_pipe.pipeline.config import read_config
+
+    settings = read_config(config)
+    change: dict[str, Any] = {}
+    if workers is not None:
+        change["tune"] = settings.tune.model_copy(update={"workers": workers})
+    if ray_address is not None:
+        change["ray_address"] = ray_address
+    _sweep(settings.model_copy(update=change), as_json=as_json, model=model)
+
+
+@cli.command()
 @click.argument(
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 def run(config: Path | None) -> None:
-    """Both stages, as a pipeline.yaml says.
+    """Both stages, as a pipeline.yaml says; a sweep if it has a space for one.
 
     Without CONFIG: ./pipeline.yaml if it is there, else the embedded demo.
     """
@@ -98,7 +135,10 @@ def run(config: Path | None) -> None:
     with as_file(files("sherl_pipe.stages.demo") / "pipeline.yaml") as embedded:
         settings = read_config(config or (here if here.is_file() else embedded))
     _extract(settings)
-    _tune(settings, as_json=False, model=None)
+    if settings.sweep.space:
+        _sweep(settings, as_json=False, model=None)
+    else:
+        _tune(settings, as_json=False, model=None)
 
 
 @cli.command()
@@ -125,6 +165,12 @@ def run(config: Path | None) -> None:
         ),
         TEXT_COLUMNS,
         IMAGE_COLUMN,
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=64,
+            help="Of a generated text, at most; for adapters of free-text tasks.",
+        ),
         DEVICE,
         JSON,
     ]
@@ -138,6 +184,7 @@ def predict(
     file: Path | None,
     text_columns: tuple[str, ...],
     image_column: str | None,
+    max_new_tokens: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -150,7 +197,7 @@ def predict(
     from sherl_pipe.pipeline import console
     from sherl_pipe.pipeline.predict import Predictor
 
-    predictor = Predictor(adapter, model=model, device=device)
+    predictor = Predictor(adapter, model=model, device=device, max_new_tokens=max_new_tokens)
     if file is not None:
         rows = predictor.rows_of_file(file, text_columns, image_column)
     else:
@@ -186,7 +233,7 @@ def predict(
         JSON,
     ]
 )
-def inspect(cache: Path, split: str | None, as_json: bool) -> None:
+def inspect(cache: Place, split: str | None, as_json: bool) -> None:
     """Show what is in a cache."""
     from sherl_pipe.cache import FeatureCache
     from sherl_pipe.pipeline import console, report
@@ -209,7 +256,7 @@ def inspect(cache: Path, split: str | None, as_json: bool) -> None:
 
 @cli.command()
 @CACHE
-def verify(cache: Path) -> None:
+def verify(cache: Place) -> None:
     """Check every committed byte of a cache (exit 4 if one is wrong)."""
     from sherl_pipe.cache import CorruptCacheError, FeatureCache
     from sherl_pipe.pipeline import console
@@ -245,13 +292,14 @@ def verify(cache: Path) -> None:
         TEXT_COLUMNS,
         IMAGE_COLUMN,
         LABEL_COLUMN,
+        TARGET_COLUMN,
         click.option("--id-column", help="Column with example ids, instead of texts."),
         click.option("--partial", is_flag=True, help="Examples without a label are fine."),
         DEVICE,
     ]
 )
 def label(
-    cache: Path, model: str | None, task: str, files: tuple[Path, ...], device: str, **options: Any
+    cache: Place, model: str | None, task: str, files: tuple[Path, ...], device: str, **options: Any
 ) -> None:
     """Attach or replace a task's labels; features are not extracted again."""
     from sherl_pipe.cache import FeatureCache
@@ -321,14 +369,27 @@ def _rank(
 def _tune(config: RunConfig, *, as_json: bool, model: str | None) -> None:
     from dataclasses import asdict
 
-    from sherl_pipe.pipeline import console, report, steps
+    from sherl_pipe.pipeline import console, report
+    from sherl_pipe.pipeline.tuning import run_tune
 
     with console.bars() as bars:
-        results = steps.run_tune(config, bars, model)
+        results = run_tune(config, bars, model)
     if as_json:
         _print_json([asdict(result) for result in results])
         return
     console.results().print(report.tune_table(results))
+
+
+def _sweep(config: RunConfig, *, as_json: bool, model: str | None) -> None:
+    from sherl_pipe.pipeline import console, report
+    from sherl_pipe.pipeline.sweep import run_sweep
+
+    with console.bars() as bars:
+        rows = run_sweep(config, bars, model)
+    if as_json:
+        _print_json(rows)
+        return
+    console.results().print(report.sweep_table(rows))
 
 
 def _print_json(data: Any, indent: int | None = 1) -> None:

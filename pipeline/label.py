@@ -13,7 +13,7 @@ from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.pipeline.label_pairs import attach_pairs
 from sherl_pipe.stages.data import Source, load_sources
-from sherl_pipe.stages.targets import encode_label, task_spec
+from sherl_pipe.stages.targets import TEXT, encode_label, task_spec
 from sherl_pipe.stages.templates import PictureTemplate, Template
 
 
@@ -25,12 +25,14 @@ class LabelOptions:
         id_column: hexadecimal example ids; else ids are made from the text columns, or from the
             images that the image column names.
         role: of the labels; the file's stem where None.
+        target_column: of free text, which the labels are then.
         partial: accept examples of the split that get no label.
     """
 
     text_columns: tuple[str, ...] = ()
     image_column: str | None = None
     label_column: str | None = None
+    target_column: str | None = None
     id_column: str | None = None
     role: str | None = None
     partial: bool = False
@@ -64,11 +66,31 @@ def attach_labels(
         _check_pairs(options)
         named = dict(zip(roles, files, strict=True))
         return attach_pairs(cache, task, named, options.text_columns, options.image_column)
+    if options.target_column and "decoder" not in cache.identity.streams:
+        raise InputError(
+            explain(
+                "target column",
+                expected="a cache of a text-to-text model",
+                found=str(cache.identity.backbone["model_type"]),
+                todo="A causal model reads a target behind its text, which the cache does not "
+                "hold: run `sherl-pipe extract` with --target-column on the same --cache.",
+            )
+        )
     read = [_read(cache, file, options) for file in files]
     others = [table for role, table in cache.tasks.get(task, {}).items() if role not in roles]
     # Labels of a part of a task's splits keep the meaning that the task has.
     values = [value for _, column in read for value in column]
-    spec = others[0].spec if others else task_spec(task, values)
+    fresh = TEXT if options.target_column else None
+    spec = others[0].spec if others else fresh or task_spec(task, values)
+    if (spec.kind == "text") != (fresh is not None):
+        raise InputError(
+            explain(
+                f"labels of {task}",
+                expected=f"the kind of its other splits, {spec.kind}",
+                found="free text" if fresh else "labels",
+                todo="Attach all splits of the task in one command.",
+            )
+        )
     check(task, spec)
     tables = [
         LabelTable(task, role, spec, tuple(ids), tuple(_encode(spec, file, column)))
@@ -89,6 +111,9 @@ def _check_pairs(options: LabelOptions) -> None:
 
 def _encode(spec: TaskSpec, file: Path, values: Sequence[Any]) -> Iterator[Label]:
     for number, value in enumerate(values):
+        if spec.kind == "text":
+            yield value
+            continue
         try:
             yield encode_label(spec, value)
         except InputError as error:
@@ -114,10 +139,11 @@ def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[
         str(file),
         text_columns=columns,
         label_column=options.label_column,
+        target_column=options.target_column,
         images=pictures and not options.id_column,
         image_column=options.image_column,
     )
-    if source.label_column is None:
+    if source.label_column is None and source.target_column is None:
         raise InputError(
             explain(
                 f"{file}: columns",
@@ -126,7 +152,7 @@ def _read(cache: FeatureCache, file: Path, options: LabelOptions) -> tuple[list[
                 todo="Name the column with --label-column.",
             )
         )
-    values = source.labels()
+    values = source.targets() if source.target_column else source.labels()
     ids = (_given_ids if options.id_column else _ids_by_text)(cache, source, options)
     _check_ids(cache, source, ids, values, options)
     return ids, values

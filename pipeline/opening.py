@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,8 +22,12 @@ from sherl_pipe.cache import (
     StreamSpec,
     TaskSpec,
 )
+from sherl_pipe.cache.copies import Copies, used_bytes
+from sherl_pipe.cache.copies import check_folder as check_copies
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import check_name
+from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
@@ -42,6 +47,8 @@ from sherl_pipe.stages.words import PrefixTree
 
 # Parameters below which threads do not pay.
 TINY = 5_000_000
+# Bytes of copies of streamed shards, unless more are asked for.
+MOST_COPIES = 50 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
@@ -61,7 +68,7 @@ class Prepared:
     """
 
     config: RunConfig
-    path: Path
+    path: Place
     sources: Sequence[Source]
     templates: Mapping[str, Template]
     tables: Sequence[LabelTable]
@@ -89,6 +96,7 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
         image_column=data.image_column,
         images=family.images or bool(family.towers),
         label_column=data.label_column,
+        target_column=data.target_column,
         tasks=data.tasks,
         limit=data.limit,
     )
@@ -112,6 +120,8 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     for source in sources if family.images else ():
         source.ids(templates[source.key], progress)  # read all of them before anything is written
     tables = [each.table(progress) for each in pairs] or label_tables(sources, templates)
+    if any(table.spec.kind == "text" for table in tables):
+        require_speech(family)
     for table in tables if family.seq2seq else ():
         check_words(table.task, table.spec, tokenizer)  # now, and not after the encoder
     return Prepared(
@@ -171,6 +181,9 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
     )
     spare_threads(backbone)
     tokenizer = load_preprocessor(config.model, config.revision)
+    room = positions(backbone)
+    if room and config.data.target_column is not None and backbone.family.causal:
+        room //= 2  # prompt and target are one sequence
     # The demo's tasks label the same sentences.
     named = backbone.family.seq2seq and config.data_source != DEMO_DATA
     longest = settings.max_length
@@ -182,7 +195,7 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
         backbone,
         tokenizer,
         template=settings.template or ("task" if named else "neutral"),
-        max_length=min(longest, positions(backbone) or longest),
+        max_length=min(longest, room or longest),
         codec=CODECS[settings.codec],
         taps=settings.taps,
         versions=versions(),
@@ -213,20 +226,41 @@ def spare_threads(backbone: Backbone) -> None:
         torch.set_num_threads(1)
 
 
-def parse_bytes(text: str | None) -> int:
+def parse_bytes(text: str | None, what: str = "memory budget") -> int:
     """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
     if text is None:
         return int(psutil.virtual_memory().available // 2)
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
     if match is None:
-        raise InputError(explain("memory budget", expected="such as 4GB or 512MiB", found=text))
+        raise InputError(explain(what, expected="such as 4GB or 512MiB", found=text))
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
 
 
-def check_folder(path: Path, option: str) -> Path:
-    """`path`, if a folder is or can be there. Raises InputError naming the option."""
-    if path.exists() and not path.is_dir():
+AnyPlace = TypeVar("AnyPlace", bound=Place)
+
+
+def copies(config: RunConfig) -> Copies | None:
+    """Where streamed shards are kept; None for a cache in a folder.
+
+    Raises InputError, StorageError.
+    """
+    if isinstance(config.cache_path, Path):
+        return None
+    tune = config.tune
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = tune.local_copies or base / "sherl-pipe" / "shards"
+    check_copies(folder)
+    if tune.local_copies_size is not None:
+        return Copies(folder, parse_bytes(tune.local_copies_size, "local copies size"))
+    return Copies(
+        folder, min(MOST_COPIES, (LocalStore(folder).free_bytes() + used_bytes(folder)) // 2)
+    )
+
+
+def check_folder(path: AnyPlace, option: str) -> AnyPlace:
+    """`path`, if a folder is or can be there; a URL is. Raises InputError naming the option."""
+    if isinstance(path, Path) and path.exists() and not path.is_dir():
         raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
     return path
 
@@ -237,8 +271,9 @@ def positions(backbone: Backbone) -> int | None:
     table: Any = None if path is None else attrgetter(path)(backbone.model)
     if table is None:
         return None
-    # RoBERTa counts positions from behind its padding index.
-    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+    # RoBERTa counts positions from behind its padding index, BART from an offset.
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - int(getattr(table, "offset", unused))
 
 
 def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
@@ -249,7 +284,20 @@ def check_words(task: str, spec: TaskSpec, tokenizer: Any) -> None:
         raise InputError(f"task {task}: {error}") from error
 
 
-def held_examples(path: Path) -> dict[bytes, str]:
+def require_speech(family: Family) -> None:
+    """Raise InputError for a family that cannot say a free text."""
+    if not (family.seq2seq or family.causal):
+        raise InputError(
+            explain(
+                "target column",
+                expected="a model that generates text",
+                found="an encoder",
+                todo="Use a text-to-text or causal model, or --label-column for a classification.",
+            )
+        )
+
+
+def held_examples(path: Place) -> dict[bytes, str]:
     """The split of every example in a cache. Raises what opening it raises."""
     try:
         places = FeatureCache.open(path).places

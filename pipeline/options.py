@@ -21,7 +21,27 @@ def stack(options: Iterable[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-CACHE = click.option("--cache", type=FOLDER, required=True, help="Folder of the cache.")
+
+
+class _PlaceType(click.ParamType):  # type: ignore[type-arg] # takes none in older clicks
+    """A folder, or a URL of an object store."""
+
+    name = "folder or url"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from sherl_pipe.cache.place import parse_place
+
+        place = parse_place(value)
+        return FOLDER.convert(value, param, ctx) if isinstance(place, Path) else place
+
+
+PLACE = _PlaceType()
+CACHE = click.option(
+    "--cache",
+    type=PLACE,
+    required=True,
+    help="Folder of the cache, or s3://bucket/prefix (gs://, az://).",
+)
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 MOVED = click.option("--model", help="Where the backbone is, if it has moved.")
 JSON = click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
@@ -35,6 +55,10 @@ IMAGE_COLUMN = click.option(
     "--image-column", help="Column with the path, relative to the file, or the bytes of an image."
 )
 LABEL_COLUMN = click.option("--label-column", help="Column with the label.  [default: label]")
+TARGET_COLUMN = click.option(
+    "--target-column",
+    help="Column with free text that the model learns to say, instead of labels.",
+)
 
 METHOD = click.option(
     "--method", default="sherl", help="sherl, lst, dtl, dtl+, unipt, weighted or linear."
@@ -71,7 +95,38 @@ MEMORY_BUDGET = click.option(
     help="Host memory for features, such as 4GB.  [default: half of what is free]",
 )
 
-EXTRACT = [
+
+def _count(_: Any, __: Any, text: str | None) -> int | str | None:
+    """A number of workers. Raises BadParameter."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"expected a number from 1 on, or auto, found {text!r}")
+    return int(text)
+
+
+_NO_WORKERS = "[default: this process alone; auto with --ray-address]"
+WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, each with a GPU or a share of the processors; auto: one for each "
+    f"GPU, or machine without any, of the cluster.  {_NO_WORKERS}",
+)
+TUNE_WORKERS = click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_count,
+    help="Workers that Ray runs, as for extract. Several tunings are spread over them; one alone "
+    f"is trained by all of them.  {_NO_WORKERS}",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    help="Ray cluster to join: host:port, or auto for the one on this machine.  [default: where "
+    "workers are asked for, one is started on this machine for the time]",
+)
+
+_FEATURES = [
     click.option("--model", default="demo", help="Folder, hub id, or demo (embedded)."),
     click.option("--revision", help="Commit or tag on the hub."),
     click.option(
@@ -84,13 +139,15 @@ EXTRACT = [
     ),
     click.option(
         "--cache",
-        type=FOLDER,
-        help="Folder to write.  [default: ./cache/<name of the data>]",
+        type=PLACE,
+        help="Folder to write, or s3://bucket/prefix (gs://, az://).  [default: ./cache/<name of "
+        "the data>]",
     ),
     click.option("--task", "tasks", multiple=True, help="Only this task (repeatable)."),
     TEXT_COLUMNS,
     IMAGE_COLUMN,
     LABEL_COLUMN,
+    TARGET_COLUMN,
     click.option("--limit", type=click.IntRange(1), help="First rows of every split only."),
     click.option(
         "--codec",
@@ -124,6 +181,9 @@ EXTRACT = [
     ),
     DEVICE,
 ]
+
+
+EXTRACT = [*_FEATURES, WORKERS, RAY_ADDRESS]
 
 TUNE = [
     CACHE,
@@ -159,8 +219,9 @@ TUNE = [
     ),
     click.option(
         "--head",
-        type=click.Choice(["random", "probe"]),
-        help="What an encoder's head starts from; probe fits a linear model first.  "
+        type=click.Choice(["random", "probe", "words"]),
+        help="What an encoder's head starts from; probe fits a linear model first. With words a "
+        "causal model keeps its own head and scores the label words by their first tokens.  "
         "[default: probe for sherl, random for lst]",
     ),
     click.option(
@@ -182,13 +243,29 @@ TUNE = [
         type=click.IntRange(1),
         help="Threads that read shards.  [default: one for two processors, at most 4]",
     ),
+    click.option(
+        "--local-copies",
+        type=FOLDER,
+        help="Folder for copies of shards that are streamed from an object store.  [default: "
+        "~/.cache/sherl-pipe/shards]",
+    ),
+    click.option(
+        "--local-copies-size",
+        help="Bytes that they take at most, such as 50GB; 0 keeps none.  [default: half of what is "
+        "free there, at most 50GB]",
+    ),
     click.option("--out", type=FOLDER, default=Path("runs"), help="Folder for the adapters."),
+    TUNE_WORKERS,
+    click.option(
+        "--retries", type=click.IntRange(0), default=3, help="Of a pass that loses its worker."
+    ),
+    RAY_ADDRESS,
     DEVICE,
     JSON,
 ]
 
 PLAN = [
-    *EXTRACT,
+    *_FEATURES,
     METHOD,
     PRESET,
     REDUCTION,
@@ -209,11 +286,10 @@ PLAN = [
 def extract_values(options: dict[str, Any]) -> dict[str, Any]:
     """The values of EXTRACT's options, as `RunConfig` has them."""
     rest = dict(options)
-    data = {
-        key: rest.pop(key)
-        for key in ("source", "tasks", "text_columns", "image_column", "label_column", "limit")
-    }
+    names = "source", "tasks", "text_columns", "image_column", "label_column", "target_column"
+    data = {key: rest.pop(key) for key in (*names, "limit")}
     whole = {key: rest.pop(key) for key in ("model", "revision", "device", "cache")}
+    whole["ray_address"] = rest.pop("ray_address", None)
     return {**whole, "data": data, "extract": {**rest, "taps": _taps(rest["taps"])}}
 
 

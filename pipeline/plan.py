@@ -41,14 +41,18 @@ class Wanted:
         epochs: of every tuning.
         tunings: how many, spread evenly over the tasks.
         budget: bytes of memory for features; larger ones are streamed.
-        free_bytes: on the cache's disk.
+        free_bytes: on the cache's disk; None where nobody knows of a limit.
     """
 
     codec: str
     epochs: int
     tunings: int
     budget: int
-    free_bytes: int
+    free_bytes: int | None
+
+    def fits(self, size: int | None) -> bool:
+        """Whether a cache of `size` bytes has room; None for one that cannot be."""
+        return size is not None and (self.free_bytes is None or size <= self.free_bytes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def make_plan(found: Measured, wanted: Wanted) -> Plan:
     # The smallest first.
     sizes = dict(sorted(sizes.items(), key=lambda each: (each[1] is None, each[1] or 0)))
     size = sizes[wanted.codec]
-    fits = size is not None and size <= wanted.free_bytes
+    fits = wanted.fits(size)
     extraction = extraction_seconds(found)
     tasks = [task_plan(each, found.steps, wanted.budget) for each in found.tasks]
     cached = live = cached_total = live_total = even = None
@@ -255,7 +259,7 @@ def _verdict(
     if not fits:
         return "no space", (
             f"does not fit: about {size:,} bytes with {wanted.codec}, "
-            f"{wanted.free_bytes:,} are free"
+            f"{wanted.free_bytes or 0:,} are free"
         )
     if not tasks:
         return "no tasks", "no task has labels to tune on, so nothing can be said of epochs"

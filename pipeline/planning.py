@@ -24,8 +24,9 @@ from sherl_pipe.cache import (
 )
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.schema import stream_kind
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import open_store
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, prepare, tunings
@@ -33,9 +34,9 @@ from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_b
 from sherl_pipe.pipeline.record import RECORD, record_body
 from sherl_pipe.stages.amounts import Amount
 from sherl_pipe.stages.dual_reader import DualReader
-from sherl_pipe.stages.extract import words_of
 from sherl_pipe.stages.inputs import family_of_model
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
+from sherl_pipe.stages.missing import words_of
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
@@ -133,7 +134,7 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
         config.tune.epochs,
         tunings_wanted or max(1, len(found.tasks)),
         _room(config.tune.residency, budget, ready.backbone.device),
-        LocalStore(ready.path).free_bytes(),
+        open_store(ready.path).free_bytes(),
     )
     tokens = sum(sample.amount.rows for sample in samples if sample.amount.main)
     seconds = time.perf_counter() - begun
@@ -152,7 +153,9 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     A bound that costs nothing is tried first; a sample is measured where the bound is too large.
     Raises what opening a cache raises.
     """
-    free = LocalStore(ready.path).free_bytes()
+    free = open_store(ready.path).free_bytes()
+    if free is None:
+        return
     trees = _trees_of(ready)
     cache = _begun(ready)
     if cache is not None:  # what it has stays, and new texts get all of it
@@ -163,7 +166,7 @@ def require_space(ready: Prepared, bars: Bars) -> None:
         return
     if dual is not None:
         size = uncompressed_bytes(ready.sources, ready.templates, dual, ready.identity)
-        store = LocalStore(ready.path)  # what it holds is written already
+        store = open_store(ready.path)  # what it holds is written already
         held = sum(store.size(key) or 0 for key in store.list())
         _require(size - held, free, ready.path)
         return
@@ -175,7 +178,7 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     sample = choose(counted, {}, 1, _sample_tokens(setup, counted))
     target = memory_writer(ready.identity)
     samples = measure_streams(setup, counted, sample, needed, target, seconds=SECONDS)
-    need = 0 if LocalStore(ready.path).exists(RECORD) else _other_bytes(ready)
+    need = 0 if open_store(ready.path).exists(RECORD) else _other_bytes(ready)
     for amount in _amounts(setup, counted, needed):
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
         taps = len(ready.identity.spec(amount.stream).taps)
@@ -195,7 +198,7 @@ def _require(need: int, free: int, path: Path) -> None:
 
 def _begun(ready: Prepared) -> FeatureCache | None:
     """The cache that the extraction goes on with. Raises StaleCacheError for another one."""
-    store = LocalStore(ready.path)
+    store = open_store(ready.path)
     if not store.exists(METADATA):
         return None
     identity, root = read_root(store)
@@ -251,7 +254,9 @@ def _trees_of(ready: Prepared) -> list[PrefixTree]:
         return []
     start = ready.backbone.start
     found = [
-        PrefixTree.of_words(table.spec.words, ready.tokenizer, start) for table in ready.tables
+        PrefixTree.of_words(table.spec.words, ready.tokenizer, start)
+        for table in ready.tables
+        if table.spec.kind != "text"
     ]
     return list({tree.stream: tree for tree in found}.values())
 
@@ -320,15 +325,16 @@ def _size(writer: CacheWriter) -> int:
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
+def _scratch(path: Place) -> Iterator[Path]:
     """A folder for a sample beside the cache at `path`, so that its disk is measured too.
 
-    Where there is little room it is the system's own. Raises StorageError.
+    Where there is little room it is the system's own, and where it is in an object store: what is
+    put there costs, and a bucket's speed is not that of a few small objects. Raises StorageError.
     """
-    folder: Path | None = path.absolute().parent
+    folder: Path | None = path.absolute().parent if isinstance(path, Path) else None
     while folder is not None and not folder.exists():
         folder = folder.parent
-    if LocalStore(path).free_bytes() < ROOM:
+    if (open_store(path).free_bytes() or 0) < ROOM:
         folder = None
     try:
         made = tempfile.TemporaryDirectory(prefix=".sherl-pipe-plan-", dir=folder)

@@ -12,6 +12,7 @@ from safetensors.torch import save as save_tensors
 from sherl_pipe.cache import CorruptCacheError, FeatureCache, InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import example_id, hash_bytes, hash_json
+from sherl_pipe.cache.labels import Label
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
@@ -70,15 +71,19 @@ class Pruning:
         return _read(store, name)
 
     def _made(
-        self, task: Task, route: LstSeq2Seq, chosen: Mapping[bytes, float]
+        self, task: Task, route: LstSeq2Seq, chosen: Mapping[bytes, Label]
     ) -> dict[str, Tensor]:
         texts = self._texts(task, set(chosen))
         tokens = tokenize(
             self._tokenizer, [texts[each] for each in chosen], self._cache.identity.max_length
         )
-        if task.tree is None:
+        if task.texts is not None:
+            words = [task.texts.tokens[str(label)] for label in chosen.values()]
+        elif task.tree is not None:
+            numbers = task.words_of(list(chosen.values())).tolist()
+            words = [task.tree.words[number] for number in numbers]
+        else:
             raise TypeError(f"{task.name} has no label words")
-        words = [task.tree.words[word] for word in task.words_of(list(chosen.values())).tolist()]
         # Kept no longer than this: training needs the memory.
         whole = self._load()
         return prune(whole, route, importances(whole, tokens, words, self._bars))

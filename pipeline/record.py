@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.place import Place
+from sherl_pipe.cache.stores import open_store
 
 # Of the last extraction into a cache that went to its end.
 RECORD = "_run.json"
@@ -37,6 +38,6 @@ def record_body(config: Any, cache: dict[str, Any]) -> bytes:
     return json.dumps(body, indent=1, default=str).encode()
 
 
-def write_record(folder: Path, config: Any, cache: dict[str, Any], name: str = "run.json") -> None:
+def write_record(folder: Place, config: Any, cache: dict[str, Any], name: str = "run.json") -> None:
     """Write `run.json` into `folder`, replacing an earlier one; see `record_body`."""
-    LocalStore(folder).replace(name, record_body(config, cache))
+    open_store(folder).replace(name, record_body(config, cache))

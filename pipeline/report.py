@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from rich.table import Table
@@ -10,7 +12,7 @@ from sherl_pipe.cache import FeatureCache
 from sherl_pipe.cache.schema import FORMAT_VERSION
 from sherl_pipe.pipeline.console import table
 from sherl_pipe.stages.extract import Report
-from sherl_pipe.stages.settings import TuneResult
+from sherl_pipe.stages.settings import TuneResult, TuneSettings
 
 
 def extract_table(reports: Sequence[Report], title: str) -> Table:
@@ -49,7 +51,7 @@ def tune_table(results: Sequence[TuneResult]) -> Table:
             result.method,
             f"{result.lr:g}",
             str(result.seed),
-            ", ".join(f"{name} {value:.1f}" for name, value in result.metrics.items()),
+            ", ".join(_shown(name, value) for name, value in result.metrics.items()),
             f"{result.role} {result.examples:,}",
             f"{result.trainable:,} ({100 * result.trainable / result.backbone:.2f} %)",
             f"{result.seconds:.1f}",
@@ -79,6 +81,40 @@ def rank_table(rankings: Sequence[Mapping[str, Any]]) -> Table:
         for number, each in enumerate(ranking["images"])
     ]
     return table("", ("text", "cosine", "image"), rows)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{name} {value:.2f}" if name == "perplexity" else f"{name} {value:.1f}"
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The tunings of a sweep, by task, the best first; of their settings those that differ."""
+    ranked = sorted(
+        rows, key=lambda row: (row["task"], math.inf if row["score"] is None else -row["score"])
+    )
+    names = [each.name for each in fields(TuneSettings) if each.name != "seed"]
+    varied = [name for name in names if len({row[name] for row in rows}) > 1]
+    shown = ["method", *(name for name in varied if name != "method"), "seed"]
+    cells = [
+        [
+            str(row["task"]),
+            *(
+                f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])
+                for name in shown
+            ),
+            "-" if row["score"] is None else f"{row['score']:.1f}",
+            str(row["status"]),
+            "-" if row["epochs_done"] is None else str(row["epochs_done"]),
+            "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
+        ]
+        for row in ranked
+    ]
+    columns = ("task", *shown, "score %", "status", "epochs done", "seconds")
+    return table("", columns, cells)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe(cache: FeatureCache) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def describe(planned: Planned) -> dict[str, Any]:
             name: {
                 "bytes": size,
                 "bits_per_value": None if size is None else _bits(planned, size),
-                "fits": size is not None and size <= wanted.free_bytes,
+                "fits": wanted.fits(size),
             }
             for name, size in plan.sizes.items()
         },
@@ -122,9 +122,10 @@ def _codecs(planned: Planned) -> Table:
         if size is None:
             rows.append([chosen, "-", "-", "cannot hold these values"])
             continue
-        fits = "yes" if size <= free else "no"
+        fits = "yes" if planned.wanted.fits(size) else "no"
         rows.append([chosen, f"{size / 2**20:,.1f}", f"{_bits(planned, size):.2f}", fits])
-    title = f"{free / 2**20:,.0f} MiB are free in {planned.ready.path}"
+    room = "any size fits" if free is None else f"{free / 2**20:,.0f} MiB are free"
+    title = f"{room} in {planned.ready.path}"
     return table(title, ("codec", "MiB", "bits a value", "fits"), rows)
 
 

@@ -16,8 +16,12 @@ from sherl_pipe.cache.errors import CorruptCacheError, UnsafeError, explain
 from sherl_pipe.cache.fingerprint import hash_bytes
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import FAMILIES, stack_of
+from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.methods.base import Route, RouteSpec, pooled, trainable
+from sherl_pipe.stages.methods.live import count_tokens, speaking
+from sherl_pipe.stages.surgery import placed
 from sherl_pipe.stages.words import Scoring
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,17 +88,24 @@ class AdapterConfig:
 class TunedModel(nn.Module):
     """The live backbone with a tuned route in it.
 
-    Calling it gives what the backbone's own class gives for a text-to-text model (`loss`,
-    `logits`, ...), `loss` and `logits [B, outputs]` for a pooled head, and unit embeddings of texts
-    or images or both for a dual encoder (`text_embeds`, `image_embeds`, ...). Inputs may be padded
-    on either side: the backbone is told where tokens are, unless it finds that by itself.
+    Calling it gives what the backbone's own class gives for a text-to-text model, or a causal one
+    that keeps its head (`loss`, `logits`, ...), `loss` and `logits [B, outputs]` for a pooled head,
+    and unit embeddings of texts or images or both for a dual encoder (`text_embeds`,
+    `image_embeds`, ...). Inputs may be padded on either side: the backbone is told where tokens
+    are, unless it finds that by itself.
     """
 
     def __init__(self, backbone: Backbone, route: Route) -> None:
         super().__init__()
         self.route = route
         self.model = route.attach(backbone)
+        self._spoken = backbone.family.seq2seq
+        if backbone.family.causal and not route.spec.outputs:
+            self._spoken = True
+            self.model = speaking(backbone, self.model)
         self._width, self._family = backbone.width, backbone.family
+        if self._family.places is not None:
+            count_tokens(self.model, self._family)
 
     def forward(
         self,
@@ -132,7 +143,18 @@ class TunedModel(nn.Module):
             # The two memories travel as one through the model; callers want the backbone's own.
             out.encoder_last_hidden_state = out.encoder_last_hidden_state[..., : self._width]
             return out
+        if self._spoken:
+            return self._continued_forward(input_ids, attention_mask, labels, inputs)
         return self._pooled_forward(input_ids, attention_mask, labels, inputs)
+
+    def _continued_forward(
+        self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, inputs: dict[str, Any]
+    ) -> Any:
+        if self._family.numbered:
+            inputs.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+        inputs.setdefault("use_cache", False)
+        model: Any = self.model
+        return model(input_ids=input_ids, attention_mask=mask, labels=labels, **inputs)
 
     def _pooled_forward(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor | None, inputs: dict[str, Any]
@@ -157,21 +179,27 @@ class TunedModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own `generate`, KV cache included. Raises InputError for encoders."""
-        if not self._family.seq2seq:
-            raise InputError("an encoder does not generate; call the model")
+        if not self._spoken:
+            raise InputError("an encoder with a pooled head does not generate; call the model")
         model: Any = self.model
         return model.generate(*args, **kwargs)
 
-    def word_scores(self, scoring: Scoring, **inputs: Tensor) -> Tensor:
+    def word_scores(self, scoring: Scoring | FirstTokens, **inputs: Tensor) -> Tensor:
         """Log-probability `[B, words]` of every label word."""
+        if isinstance(scoring, FirstTokens):
+            out = self(**inputs)
+            last = pooled(out.logits, inputs["attention_mask"].bool(), "last")
+            return scoring.score(last[:, None, list(scoring.tokens)])
         size, tree = inputs["input_ids"].shape[0], scoring.tree
         device = inputs["input_ids"].device
         mask = tree.flat_mask(next(self.parameters()).dtype).to(device)
-        out = self(
-            **inputs,
-            decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
-            decoder_attention_mask=mask.expand(size, -1, -1, -1),
-        )
+        decoder = stack_of(self.model, self._family, "decoder")
+        with placed(decoder, self._family, tree.flat_places().to(device)):
+            out = self(
+                **inputs,
+                decoder_input_ids=tree.flat_tokens().to(device).expand(size, -1),
+                decoder_attention_mask=mask.expand(size, -1, -1, -1),
+            )
         return scoring.score(scoring.pick(out.logits[:, tree.first_places().to(device)]))
 
 
@@ -279,8 +307,10 @@ def load_reference(
     """
     if not isinstance(backbone, Backbone):
         backbone = Backbone(backbone)
-    if not backbone.family.seq2seq:
-        raise InputError("load_reference takes an encoder-decoder backbone")
+    if backbone.family is not FAMILIES["t5"]:
+        raise InputError(
+            explain("backbone of load_reference", expected="a T5", found=backbone.config.model_type)
+        )
     layers = {"encoder": encoder_side_layers, "decoder": decoder_side_layers}
     try:
         route = find_method(method).from_reference(backbone, params, layers, reduction)

@@ -43,10 +43,12 @@ class Backbone:
         name: as it was asked for.
         revision: the hub's commit, None for a local folder.
         home: of a backbone that may have none of its weights, the device that they belong on.
+        language: of a causal model that speaks, the whole with its head; `model` is its body.
         words: what is there of the output head where only some of its rows are (see `load_part`).
     """
 
     words: nn.Module | None = None
+    language: nn.Module | None = None
 
     def __init__(self, model: Any, name: str = "model", revision: str | None = None) -> None:
         self.model: nn.Module = model.eval().requires_grad_(False)
@@ -143,6 +145,7 @@ class Backbone:
             return self
         twin = Backbone(copy.deepcopy(self.model), self.name, self.revision)
         _cast(twin.model, dtype)
+        twin.language = self.language
         twin.__dict__["fingerprint"] = self.fingerprint  # of the weights before they are rounded
         return twin
 
@@ -169,8 +172,11 @@ def load_backbone(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    head: bool = False,
 ) -> Backbone:
     """Load a frozen backbone from a folder or the hub.
+
+    With `head` a causal model brings its language-model head, as `Backbone.language`.
 
     Weights come from safetensors files only and no code of a repository is run.
 
@@ -178,7 +184,9 @@ def load_backbone(
         InputError: not found, hub unreachable, unknown family, or weights that are missing.
         UnsafeError: only pickled weights, or a model that needs its own code.
     """
-    loader, _, extra = model_class(name, revision)
+    loader, config, extra = model_class(name, revision)
+    if speaks := head and family_of(config).causal:
+        loader = _causal_class()
     with loading_errors(name, "model"):
         model, report = loader.from_pretrained(
             resolve_model(name),
@@ -199,10 +207,19 @@ def load_backbone(
                 todo="Use a complete checkpoint.",
             )
         )
-    backbone = Backbone(model, name, getattr(model.config, "_commit_hash", None))
+    body = model.base_model if speaks else model
+    backbone = Backbone(body, name, getattr(model.config, "_commit_hash", None))
+    if speaks:
+        backbone.language = model.eval().requires_grad_(False)
     _ = backbone.fingerprint  # of the weights as loaded, before a cast rounds them
     _cast(model.to(device), dtype)
     return backbone
+
+
+def _causal_class() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

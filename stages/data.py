@@ -33,6 +33,7 @@ class Source:
         rows: one mapping per row.
         columns: the text columns, or the one that holds images; these are `Picture`s there.
         label_column: None where there are no labels.
+        target_column: of free-text targets, instead of labels.
         origin: file or hub id, for messages.
         stream: of a dual encoder's cache, the one that takes them: `text` or `image`.
     """
@@ -43,6 +44,7 @@ class Source:
     columns: tuple[str, ...]
     label_column: str | None
     origin: str
+    target_column: str | None = None
     stream: str | None = None
 
     @property
@@ -94,6 +96,25 @@ class Source:
         # JSON's true and false are classes 1 and 0.
         return [int(value) if isinstance(value, bool) else value for value in values]
 
+    def targets(self) -> list[str]:
+        """The free text of every row. Raises InputError for a row with none."""
+        column, found = self.target_column or "", []
+        for number, row in enumerate(self.rows):
+            where = f"{self.origin}, row {number + 1}, column {column!r}"
+            value = row.get(column)
+            check_text(value, where)
+            if not str(value).strip():
+                raise InputError(
+                    explain(
+                        where,
+                        expected="a target with more than blanks",
+                        found=repr(value),
+                        todo="Give every row a target, or remove the row.",
+                    )
+                )
+            found.append(str(value))
+        return found
+
     def _render(self, number: int, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
         for column in template.columns:
             check_text(row.get(column), f"{self.origin}, row {number + 1}, column {column!r}")
@@ -119,6 +140,7 @@ def load_sources(
     *,
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
+    target_column: str | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
     images: bool = False,
@@ -131,6 +153,7 @@ def load_sources(
             one such file; `glue`, `glue/<task>` or another hub id.
         text_columns: columns that hold the text; guessed for GLUE and the usual names.
         label_column: `label` where it exists by default.
+        target_column: the task is free text, and this column has it; there are no labels then.
         tasks: keep these only.
         limit: keep the first rows of every split.
         images: read images: from folders `NAME/<task>/<split>/<class>/*.png` too (see
@@ -140,6 +163,15 @@ def load_sources(
 
     Raises InputError naming the file and row.
     """
+    if label_column is not None and target_column is not None:
+        raise InputError(
+            explain(
+                "columns",
+                expected="a label column or a target column",
+                found=f"both, {label_column!r} and {target_column!r}",
+                todo="Free text is --target-column, all else --label-column.",
+            )
+        )
     path = Path(data)
     if data == DEMO_DATA and not path.exists():
         found = _demo()
@@ -172,12 +204,16 @@ def load_sources(
         rows = rows[:limit] if limit is not None else rows
         if not rows:
             raise InputError(f"{origin} has no rows. Remove it or fill it.")
+        asked = (*text_columns, *filter(None, (label_column, target_column)))
         if images:
             column = image_column_of(rows[0], image_column, origin)
-            columns, label = _columns(task, rows[0], (column,), label_column, origin)
+            columns, label = _columns(task, rows[0], (column,), label_column, asked, origin)
             rows = pictures_of(rows, column, origin)
         else:
-            columns, label = _columns(task, rows[0], text_columns, label_column, origin)
+            columns, label = _columns(task, rows[0], text_columns, label_column, asked, origin)
+        if target_column is not None:
+            sources.append(Source(task, role, rows, columns, None, origin, target_column))
+            continue
         if role.startswith("test") and all(row.get(label or "") in WITHHELD for row in rows):
             label = None
         sources.append(Source(task, role, rows, columns, label, origin))
@@ -244,17 +280,19 @@ def _columns(
     row: Mapping[str, Any],
     text_columns: Sequence[str],
     label_column: str | None,
+    needed: Sequence[str],
     origin: str,
 ) -> tuple[tuple[str, ...], str | None]:
     """Text and label columns of a split."""
-    for asked in (*text_columns, *([label_column] if label_column else [])):
+    for asked in needed:
         if asked not in row:
             raise InputError(
                 explain(
                     f"{origin}: columns",
                     expected=repr(asked),
                     found=sorted(map(str, row)),
-                    todo="Name columns that are there with --text-column and --label-column.",
+                    todo="Name columns that are there with --text-column, --label-column or "
+                    "--target-column.",
                 )
             )
     label = label_column or ("label" if "label" in row else None)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from sherl_pipe.cache import (
     CacheWriter,
     Codec,
     FeatureCache,
     Identity,
-    LabelTable,
+    Stream,
     StreamSpec,
     StreamWriter,
 )
@@ -25,7 +26,9 @@ from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Input, Template
-from sherl_pipe.stages.tokens import Tokens
+from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
+from sherl_pipe.stages.texts import TargetTexts
+from sherl_pipe.stages.tokens import Tokens, tokenize
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
@@ -130,6 +133,7 @@ class Report:
     Attributes:
         reused: examples whose text another split already holds.
         done_before: shards that were committed by an earlier run.
+        lost: shards that killed every worker that tried them.
     """
 
     split: str
@@ -141,6 +145,7 @@ class Report:
     shards: int = 0
     done_before: int = 0
     bytes_written: int = 0
+    lost: int = 0
 
 
 class Extractor:
@@ -196,10 +201,8 @@ class Extractor:
             out = self.writer.stream(source.name, part, ids, layout, notes)
             report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
             if out.pending():
-                pad = pad_id(self.tokenizer)
-                pass_ = MainPass(self.backbone, stream, out.spec, tokens, pad, self.batch_tokens)
-                self._run(out, layout, ids, pass_.states, report)
-            out.finish()
+                self._extract_main(out, layout, ids, tokens, report)
+            self._finish(out)
             reports.append(report)
         return reports
 
@@ -218,9 +221,8 @@ class Extractor:
             out = self.writer.stream(split, part, ids, layout, {"tree": tree.to_json()})
             report = self._report(out, layout)
             if out.pending():
-                pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
-                self._run(out, layout, ids, pass_.states, report)
-            out.finish()
+                self._extract_words(out, layout, ids, encoder, tree, report)
+            self._finish(out)
             reports.append(report)
         return reports
 
@@ -228,6 +230,81 @@ class Extractor:
         """The stored streams of a stream, itself last: when it is seen, all its taps are there."""
         first, *added = self.identity.parts(stream)
         return [*added, first]
+
+    def targets(
+        self,
+        cache: FeatureCache,
+        split: str,
+        texts: TargetTexts,
+        prompts: Mapping[bytes, tuple[str, ...]] | None = None,
+    ) -> list[Report]:
+        """Extract the states of free-text targets for a split: of a text-to-text backbone from its
+        cached encoder, which is not run; of a causal one behind their prompts.
+
+        Args:
+            texts: the targets.
+            prompts: a causal backbone's: rendered segments of the split's examples, by id.
+
+        Raises what `words` raises.
+        """
+        main = cache.stream(split, self.backbone.family.main)
+        ids = [row.tobytes() for row in main.ids]
+        lengths = np.array([texts.rows(each) for each in ids], np.int64)
+        layout = same_shards(main.layout, lengths)
+        notes = {"targets": texts.key, "truncated": texts.truncated}
+        reports = []
+        for part in self._parts(texts.stream):
+            out = self.writer.stream(split, part, ids, layout, notes)
+            report = self._report(out, layout, truncated=texts.truncated)
+            if out.pending():
+                states = self._target_states(out.spec, main, ids, texts, prompts)
+                self._run(out, layout, ids, states, report)
+            out.finish()
+            reports.append(report)
+        return reports
+
+    def _target_states(
+        self,
+        spec: StreamSpec,
+        main: Stream,
+        ids: Sequence[bytes],
+        texts: TargetTexts,
+        prompts: Mapping[bytes, tuple[str, ...]] | None,
+    ) -> Callable[[int, Layout], Iterator[Tensor]]:
+        if prompts is None:
+            return TargetsPass(self.backbone, spec, main, texts, self.batch_tokens).states
+        chosen = [prompts[each] for each in ids]
+        tokens = tokenize(self.tokenizer, chosen, self.identity.max_length)
+        return ContinuationsPass(
+            self.backbone,
+            spec,
+            [tuple(each["input_ids"].tolist()) for each in tokens.inputs],
+            [texts.of(each) for each in ids],
+            texts,
+            self.batch_tokens,
+        ).states
+
+    def _extract_main(
+        self, out: StreamWriter, layout: Layout, ids: list[bytes], tokens: Tokens, report: Report
+    ) -> None:
+        pad, stream = pad_id(self.tokenizer), stream_kind(out.stream)
+        pass_ = MainPass(self.backbone, stream, out.spec, tokens, pad, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _extract_words(
+        self,
+        out: StreamWriter,
+        layout: Layout,
+        ids: list[bytes],
+        encoder: Stream,
+        tree: PrefixTree,
+        report: Report,
+    ) -> None:
+        pass_ = WordsPass(self.backbone, out.spec, encoder, tree, self.batch_tokens)
+        self._run(out, layout, ids, pass_.states, report)
+
+    def _finish(self, out: StreamWriter) -> None:
+        out.finish()
 
     def _report(self, out: StreamWriter, layout: Layout, **counts: int) -> Report:
         waiting = len(out.pending())
@@ -241,6 +318,15 @@ class Extractor:
             **counts,
         )
 
+    def _say_what(
+        self, out: StreamWriter, layout: Layout, pending: Sequence[int]
+    ) -> tuple[str, int]:
+        """Announce what is to be done; its name and its tokens."""
+        what, total = f"{out.split} {out.stream}", sum(map(layout.used_rows, pending))
+        need = total * token_bytes(self.identity.codec, out.spec)
+        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        return what, total
+
     def _run(
         self,
         out: StreamWriter,
@@ -250,12 +336,8 @@ class Extractor:
         report: Report,
     ) -> None:
         """Compute pending shards; a thread encodes and commits each while the next one runs."""
-        pending = out.pending()
-        total = sum(layout.used_rows(shard) for shard in pending)
-        done = 0
-        what = f"{out.split} {out.stream}"
-        need = total * token_bytes(self.identity.codec, out.spec)
-        self.announce(f"{what}: {total:,} tokens to do, up to {need / 2**20:,.0f} MiB")
+        pending, done = out.pending(), 0
+        what, total = self._say_what(out, layout, pending)
         with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
             committing: Future[int] | None = None
             for shard in pending:
@@ -272,51 +354,3 @@ class Extractor:
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
             if committing is not None:
                 report.bytes_written += committing.result()
-
-
-def missing_words(
-    cache: FeatureCache, tokenizer: Any, start: int, *, whole: bool = False
-) -> list[tuple[str, PrefixTree]]:
-    """Splits and prefix trees whose decoder states the cache's tasks need and it lacks.
-
-    Args:
-        cache: of a text-to-text backbone.
-        tokenizer: the backbone's.
-        start: token id that decoding starts from.
-        whole: whether those count that lack added taps, of whatever task they are or were.
-    """
-    places = {identity: split for identity, (split, _) in cache.places.items()}
-    tables = (table for roles in cache.tasks.values() for table in roles.values())
-    missing = [
-        (split, tree)
-        for tree, splits in words_of(tables, places, tokenizer, start)
-        for split in splits
-        if tree.stream not in cache.streams(split)
-    ]
-    if whole:
-        taps = cache.identity.held("decoder").taps
-        missing += [
-            (split, PrefixTree.from_json(stream.notes["tree"]))
-            for split in cache.splits
-            for name, stream in cache.streams(split).items()
-            if stream_kind(name) == "decoder" and stream.spec.taps != taps
-        ]
-    return missing
-
-
-def words_of(
-    tables: Iterable[LabelTable], places: Mapping[bytes, str], tokenizer: Any, start: int
-) -> list[tuple[PrefixTree, list[str]]]:
-    """The prefix trees that label tables need, each with the splits that hold its examples.
-
-    Args:
-        tables: labels of the tasks.
-        places: the split of every example.
-        tokenizer, start: as for `missing_words`.
-    """
-    needed: dict[str, tuple[PrefixTree, set[str]]] = {}
-    for table in tables:
-        tree = PrefixTree.of_words(table.spec.words, tokenizer, start)
-        splits = {places[each] for each in table.ids if each in places}
-        needed.setdefault(tree.stream, (tree, set()))[1].update(splits)
-    return [(tree, sorted(splits)) for tree, splits in needed.values()]

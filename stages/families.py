@@ -63,6 +63,11 @@ class Family:
         images: whether inputs are images, which the model takes as `pixel_values`; its
             embeddings take nothing else then.
         front: tokens of an image in front of those of its patches.
+        places: of an encoder-decoder with learned positions in both stacks, the path of their table
+            inside a stack.
+        norm: of an encoder-decoder, the path inside a stack of the norm behind its last block; None
+            where blocks end with a norm of their own.
+        entry: path inside a stack of what acts between its embeddings and the first block.
         numbered: whether `position_ids`, from 0 at an example's first token, tell it where tokens
             are; padding in front would move them else.
         arguments: for the model's class.
@@ -78,6 +83,9 @@ class Family:
     once: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     positions: str | None = None
+    places: str | None = None
+    norm: str | None = None
+    entry: str | None = None
     numbered: bool = False
     images: bool = False
     front: int = 0
@@ -147,7 +155,24 @@ _T5 = Family(
     ("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
     seq2seq=True,
     lent="layer.0.SelfAttention.relative_attention_bias",
+    norm="final_layer_norm",
     side=Side("d_ff", "dropout_rate"),
+)
+_BART = Family(
+    {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"},
+    (
+        "model.shared",
+        *(
+            f"model.{stream}.{part}"
+            for stream in ("encoder", "decoder")
+            for part in ("embed_tokens", "embed_positions", "layernorm_embedding")
+        ),
+    ),
+    seq2seq=True,
+    positions="model.encoder.embed_positions",
+    places="embed_positions",
+    entry="layernorm_embedding",
+    side=Side("", "dropout"),
 )
 
 _CLIP = Family(
@@ -205,6 +230,7 @@ FAMILIES: dict[str, Family] = {
         arguments={},
         side=None,
     ),
+    "bart": _BART,
 }
 
 
@@ -229,3 +255,16 @@ def blocks_of(model: nn.Module, family: Family, stream: str) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(f"{family.streams[stream]} is no ModuleList")
     return blocks
+
+
+def stack_of(model: nn.Module, family: Family, stream: str) -> Any:
+    """The module that a stream of an encoder-decoder is: embeddings, blocks and norm."""
+    return model.get_submodule(family.streams[stream].rpartition(".")[0])
+
+
+def norm_of(model: nn.Module, family: Family, stream: str) -> nn.Module:
+    """What stands behind a stack's last block: its final norm, or nothing that changes a state."""
+    if family.norm is None:
+        return nn.Identity()
+    norm: nn.Module = stack_of(model, family, stream).get_submodule(family.norm)
+    return norm

@@ -11,17 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, Stream
 from sherl_pipe.cache.codecs import Codec
+from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.stages import quantize
+from sherl_pipe.stages.commons import Commons
+from sherl_pipe.stages.reading import Batch as Batch
+from sherl_pipe.stages.reading import Packed as Packed
+from sherl_pipe.stages.reading import Reading as Reading
 from sherl_pipe.stages.residency import Home, choose
 from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
 from sherl_pipe.stages.shelf import Ints as Ints
-from torch import Tensor
 
 # Shards that are mixed with one another. A constant: if it followed the memory budget, the order
 # of batches would depend on the machine.
@@ -30,71 +33,6 @@ WINDOW = 8
 # Rows of a batch from which on coded groups are left turned. A constant: a batch's values must not
 # depend, not even in their last bit, on what is trained from them.
 MANY_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows of one stream for the examples of a batch, without padding.
-
-    Attributes:
-        states: `[K, n, d]` float32, n the sum of `lengths`.
-        lengths: `[B]` rows per example.
-        group: where `states` are `turned` ones (see `quantize.decode`), of so many; else 0.
-    """
-
-    states: Tensor
-    lengths: Tensor
-    group: int = 0
-
-    def tap(self, place: int) -> Tensor:
-        """The values of one tap, `[n, d]`."""
-        return quantize.turn(self.states[place], self.group)
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest example."""
-        return int(self.lengths.max())
-
-    def mask(self, size: int | None = None) -> Tensor:
-        """`[B, S]`, True where a batch padded to `size` rows (by default the longest) has one."""
-        places = torch.arange(size or self.longest, device=self.lengths.device)
-        return places < self.lengths[:, None]
-
-    def pad(self, rows: Tensor, size: int | None = None) -> Tensor:
-        """`[n, d] -> [B, S, d]`, zeros behind the end of each example."""
-        mask = self.mask(size)
-        out = rows.new_zeros(mask.numel(), rows.shape[-1])
-        places = mask.view(-1).nonzero().squeeze(-1)
-        return out.index_copy(0, places, rows).view(*mask.shape, rows.shape[-1])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch.
-
-    Attributes:
-        rows: positions in the label table.
-        streams: by role (`hidden`, or `encoder` and `decoder`).
-    """
-
-    rows: Ints
-    streams: Mapping[str, Packed]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which rows of which stream a role reads.
-
-    Attributes:
-        stream, taps: what is read.
-        paths: lists of rows of an example, of which one is taken; all rows where None.
-        choices: for every row of the label table, the number of its list.
-    """
-
-    stream: str
-    taps: tuple[int, ...]
-    paths: tuple[tuple[int, ...], ...] | None = None
-    choices: tuple[int, ...] = ()
 
 
 class FeatureSource:
@@ -113,6 +51,7 @@ class FeatureSource:
             device, host and stream that has room; a CUDA device has room in half of what is free.
         readers: threads that read shards; one for two processors, at most 4, by default.
         beside: homes of other sources that take of the same room.
+        shared: of features in host memory, have one copy for all processes of this host.
 
     Attributes:
         home: where coded rows live.
@@ -133,6 +72,7 @@ class FeatureSource:
         residency: str = "auto",
         readers: int | None = None,
         beside: Sequence[Home] = (),
+        shared: bool = False,
     ) -> None:
         self.readings, self.device = dict(readings), device
         self._codec: Codec = cache.identity.codec
@@ -143,13 +83,20 @@ class FeatureSource:
         self.homes = [self.home]
         self._readers = readers or min(4, max(1, (os.cpu_count() or 1) // 2))
         self._kept: Shelf | None = None
+        self._shared = shared
 
     @property
     def summary(self) -> str:
         """For people: how big the features are, where they live, and who reads them."""
         by = f"by {self._readers} reader{'s' if self._readers > 1 else ''}"
+        shared = ", shared" if self._shared and self.home.kind == "host" else ""
         streamed = f"{WINDOW} shards at a time, " if self.home.kind == "stream" else "read "
-        return f"{self.home}, {streamed}{by}"
+        return f"{self.home}{shared}, {streamed}{by}"
+
+    def claim(self) -> None:
+        """Have memory for features that stay now, instead of when the first batch needs it."""
+        if self.home.kind != "stream":
+            self._shelf([])
 
     def preload(self) -> None:
         """Bring features that stay into memory now, instead of when batches need them."""
@@ -181,6 +128,14 @@ class FeatureSource:
             cut = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
             batches += [cut[number] for number in shared.permutation(len(cut))]
         return batches
+
+    def part(self, rows: Ints, rank: int, size: int) -> Ints:
+        """A team member's part of a batch's rows: as many as any other's, or one more or less.
+
+        Rows are dealt by shard, so that each member reads few of a window's shards.
+        """
+        ordered = rows[np.argsort(self._unit[rows], kind="stable")]
+        return np.array_split(ordered, size)[rank]
 
     def in_order(self, batch_size: int) -> list[Ints]:
         """All rows once, shard after shard: for evaluation."""
@@ -216,14 +171,30 @@ class FeatureSource:
             window = max(WINDOW, *map(len, needs), 0)
             return Shelf(self._forms, torch.device("cpu"), window)
         if self._kept is None:
-            on_device = self.home.kind == "device"
-            self._kept = Shelf(self._forms, self.device if on_device else torch.device("cpu"))
+            if self.home.kind == "device":
+                self._kept = Shelf(self._forms, self.device)
+            else:
+                commons = self._commons() if self._shared else None
+                self._kept = Shelf(self._forms, torch.device("cpu"), commons=commons)
         return self._kept
+
+    def _commons(self) -> Commons:
+        """The rows of these very files, in this order."""
+        files = {
+            key: record.sha256
+            for streams in self._streams.values()
+            for stream in streams.values()
+            for key, record in stream.files.items()
+        }
+        taps = {role: [each.stream, each.taps] for role, each in self.readings.items()}
+        return Commons(hash_json([files, taps, self._units])[:32], self._forms)
 
     def _read_unit(self, unit: int, room: Room) -> None:
         split, shard = self._units[unit]
         for role, reading in self.readings.items():
-            self._streams[role][split].read_shard(shard, reading.taps, room[role])
+            self._streams[role][split].read_shard(
+                shard, reading.taps, room[role], keep=self.home.kind == "stream"
+            )
 
     def _locate(self, cache: FeatureCache, table: LabelTable) -> None:
         """Shard, first row and length of every row of the table."""

@@ -67,5 +67,8 @@ def evaluate(names: Sequence[str], labels: Numbers, predictions: Numbers) -> dic
 
 
 def headline(metrics: dict[str, float]) -> float:
-    """One number per task: the mean of its metrics, as GLUE averages them."""
+    """One number per task: the mean of its metrics, as GLUE averages them; of free text the exact
+    matches."""
+    if "exact_match" in metrics:
+        return metrics["exact_match"]
     return math.fsum(metrics.values()) / len(metrics)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.stages import checkpoint
 from sherl_pipe.stages.features import Batch, Ints, Reading
+from sherl_pipe.stages.group import Group
+from sherl_pipe.stages.halving import Halted, Halving
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.paired import AnySource
 from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
@@ -19,11 +19,10 @@ from sherl_pipe.stages.progress import Progress, loading, silent
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.tune import Streams, Tuner, train_step
+from sherl_pipe.stages.team import Team
+from sherl_pipe.stages.tune import Streams, Tuner
 
-CHECKPOINT_SECONDS = 60.0
-
-Outcome = TuneResult | NonFiniteError
+Outcome = TuneResult | NonFiniteError | Halted
 
 
 def pass_key(task: Task, settings: TuneSettings) -> Hashable:
@@ -33,6 +32,8 @@ def pass_key(task: Task, settings: TuneSettings) -> Hashable:
         task.held_out.ids,
         task.train.image_ids,
         task.held_out.image_ids,
+        task.texts is not None,
+        settings.head == "words",
         settings.method,
         settings.late,
         settings.epochs,
@@ -50,16 +51,24 @@ class Pack:
     Args:
         tuners: of equal `pass_key`, on one backbone; none of them finished. Features live where
             the first of them wants its own.
+        halving: stops some of them early.
+        team: of processes that train them together, each with tuners of its own.
 
     Raises InputError for tunings that cannot share a pass.
     """
 
-    def __init__(self, tuners: Sequence[Tuner]) -> None:
+    def __init__(
+        self,
+        tuners: Sequence[Tuner],
+        *,
+        halving: Halving | None = None,
+        team: Team | None = None,
+    ) -> None:
         first = tuners[0]
         keys = {pass_key(tuner.task, tuner.settings) for tuner in tuners}
         if len(keys) != 1 or any(t.task.backbone is not first.task.backbone for t in tuners):
             raise InputError("these tunings do not read the same taps of the same rows")
-        self.tuners = list(tuners)
+        self.tuners, self.halving, self.team = list(tuners), halving, team
         self._memory = PeakMemory(first.task.backbone.device)
         self.train, self._training = self._source(train=True)
         self.held_out, self._evaluation = self._source(train=False, beside=self.train.homes)
@@ -67,7 +76,8 @@ class Pack:
     def run(self, progress: Progress = silent) -> list[Outcome]:
         """Train, evaluate, save; goes on from checkpoints of the same tunings.
 
-        Returns the result of every tuning, or the error that ended it alone.
+        Returns the result of every tuning, or what ended it alone. In a team the first process
+        has the results, and the others none.
         """
         outcomes: dict[int, Outcome] = {}
         optimizers = [tuner.optimizer() for tuner in self.tuners]
@@ -80,14 +90,21 @@ class Pack:
             if state is not None:
                 tuner.randomness.state = state
             steps.setdefault(step, []).append(place)
-        self._start_heads(steps.get(0, []), spent, progress)
+        if self.team is not None:
+            self.team.same([step for step, places in steps.items() for _ in places])
+        if self.first:
+            self._start_heads(steps.get(0, []), spent, progress)
+        if self.team is not None:
+            self.team.share(p for tuner in self.tuners for p in tuner.parameters.values())
         # One group, unless only some of them were begun before.
         for step, places in sorted(steps.items()):
-            group = _Group(self, places, optimizers, spent)
+            group = Group(self, places, optimizers, spent)
             outcomes.update(group.train(step, progress))
+        if not self.first:
+            return []
         left = [place for place in range(len(self.tuners)) if place not in outcomes]
         begun = time.perf_counter()
-        found = self._evaluate(left, progress)
+        found = self.evaluate(left, progress)
         seconds = (time.perf_counter() - begun) / max(1, len(left))
         for place in left:
             tuner = self.tuners[place]
@@ -101,6 +118,11 @@ class Pack:
             except NonFiniteError as error:
                 outcomes[place] = error
         return [outcomes[place] for place in range(len(self.tuners))]
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that evaluates and writes."""
+        return self.team is None or self.team.rank == 0
 
     def batch(self, place: int, batch: Batch) -> Batch:
         """A batch of the shared source as one tuning sees it."""
@@ -127,16 +149,19 @@ class Pack:
         for place in places:
             spent[place] += (time.perf_counter() - begun) / len(places)
 
-    def _evaluate(
+    def evaluate(
         self, places: Sequence[int], progress: Progress
     ) -> dict[int, list[tuple[Ints, torch.Tensor]]]:
+        """Outputs of batches of the held-out rows, by place of the tuning."""
         found: dict[int, list[tuple[Ints, torch.Tensor]]] = {place: [] for place in places}
         if places:
             size = self.tuners[0].settings.batch_size * 4
             told = loading(progress, "evaluation")
             for batch in self.held_out.read(self.held_out.in_order(size), told):
                 for place in places:
-                    scores = self.tuners[place].scores(_view(batch, self._evaluation[place]))
+                    scores = self.tuners[place].scores(
+                        _view(batch, self._evaluation[place]), batch.rows
+                    )
                     found[place].append((batch.rows, scores))
         return found
 
@@ -157,91 +182,6 @@ class Pack:
                 readings[own[role]] = reading
             names.append(own)
         return self.tuners[0].source(readings, train=train, beside=beside), names
-
-
-class _Group:
-    """Tunings of a pack that go on from the same step."""
-
-    def __init__(
-        self,
-        pack: Pack,
-        places: Sequence[int],
-        optimizers: Sequence[torch.optim.Optimizer],
-        spent: dict[int, float],
-    ) -> None:
-        self._pack, self._spent = pack, spent
-        self._optimizers = {place: optimizers[place] for place in places}
-        self._settings = pack.tuners[0].settings
-        self._seeds = sorted({pack.tuners[place].settings.seed for place in places})
-        tasks = ", ".join(dict.fromkeys(pack.tuners[place].task.name for place in places))
-        many = f"{len(places)} tunings" if len(places) > 1 else f"seed {self._seeds[0]}"
-        self._what = f"{tasks} {self._settings.method} {many}"
-
-    def train(self, step: int, progress: Progress) -> dict[int, NonFiniteError]:
-        """All steps from `step` on; the tunings that came to no end."""
-        settings = self._settings
-        failed: dict[int, NonFiniteError] = {}
-        # Shards meet in other windows in every epoch, so epochs differ in their last batches.
-        ends = np.cumsum([len(self._epoch(0, epoch)) for epoch in range(settings.epochs)])
-        total = int(ends[-1])
-        saved = last = time.perf_counter()
-        while step < total and self._optimizers:
-            epoch = int(np.searchsorted(ends, step, "right"))
-            for place in self._optimizers:
-                self._pack.tuners[place].route.train()
-            for batches in self._batches(epoch, int(ends[epoch]) - step, progress):
-                failed |= self._step(batches, step, total)
-                step += 1
-                progress(self._what, step, total, "steps")
-                now = time.perf_counter()
-                for place in self._optimizers:
-                    self._spent[place] += (now - last) / len(self._optimizers)
-                last = now
-                if now - saved > CHECKPOINT_SECONDS and step < total:
-                    self._save(step)
-                    saved = time.perf_counter()
-                if not self._optimizers:
-                    break
-        return failed
-
-    def _epoch(self, seed: int, epoch: int) -> list[Ints]:
-        return self._pack.train.epoch(seed, epoch, self._settings.batch_size)
-
-    def _batches(self, epoch: int, left: int, progress: Progress) -> Iterator[dict[int, Batch]]:
-        """By seed, the batches of an epoch's last `left` steps."""
-        orders = [self._epoch(seed, epoch)[-left:] for seed in self._seeds]
-        in_turn = [rows for step in zip(*orders, strict=True) for rows in step]
-        with closing(self._pack.train.read(in_turn, loading(progress, self._what))) as batches:
-            for _ in range(left):
-                yield {seed: next(batches) for seed in self._seeds}
-
-    def _step(self, batches: dict[int, Batch], step: int, total: int) -> dict[int, NonFiniteError]:
-        """One step of every tuning; those that fail are left out from then on."""
-        places = list(self._optimizers)
-        tuners = [self._pack.tuners[place] for place in places]
-        own = [
-            self._pack.batch(place, batches[tuner.settings.seed])
-            for place, tuner in zip(places, tuners, strict=True)
-        ]
-        optimizers = list(self._optimizers.values())
-        errors = train_step(tuners, own, optimizers, step, total)
-        failed = {p: error for p, error in zip(places, errors, strict=True) if error is not None}
-        for place in failed:
-            del self._optimizers[place]
-        return failed
-
-    def _save(self, step: int) -> None:
-        for place, optimizer in self._optimizers.items():
-            tuner = self._pack.tuners[place]
-            checkpoint.save(
-                tuner.folder,
-                tuner.key,
-                tuner.parameters,
-                optimizer,
-                tuner.randomness.state,
-                step,
-                self._spent[place],
-            )
 
 
 def packs(

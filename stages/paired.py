@@ -35,6 +35,7 @@ class PairSource:
         residency: str = "auto",
         readers: int | None = None,
         beside: Sequence[Home] = (),
+        shared: bool = False,
     ) -> None:
         self.readings = dict(readings)
         self.homes: list[Home] = []
@@ -49,6 +50,7 @@ class PairSource:
                 residency=residency,
                 readers=readers,
                 beside=[*beside, *self.homes],
+                shared=shared,
             )
             self._parts.append(part)
             self.homes += part.homes
@@ -58,6 +60,11 @@ class PairSource:
         """For people: how big the features are, where they live, and who reads them."""
         images, texts = (part.summary for part in self._parts)
         return f"images: {images}; texts: {texts}"
+
+    def claim(self) -> None:
+        """As `FeatureSource.claim`."""
+        for part in self._parts:
+            part.claim()
 
     def preload(self) -> None:
         """As `FeatureSource.preload`."""

@@ -94,7 +94,9 @@ def _load(
     for path in family.computed:
         table: Any = type(model.get_submodule(path))
         replace_module(model, path, table(model.config).to(device))
-    if any(each.is_meta and family.needs(name, first) for name, each in model.named_buffers()):
+    stored = model.state_dict().keys()
+    buffers = {name: each for name, each in model.named_buffers() if name not in stored}
+    if any(each.is_meta and family.needs(name, first) for name, each in buffers.items()):
         raise UnusualCheckpointError("buffers that are computed and not stored")
 
     head = None if tokens is None else _head(model)
@@ -195,9 +197,10 @@ def _groups(model: Any, held: Mapping[str, StoredTensor]) -> dict[StoredTensor, 
     Raises UnusualCheckpointError where a weight is not found under its own name, with or without
     the base model's prefix, or has another shape.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    if shapes.keys() != model.state_dict().keys():
-        raise UnusualCheckpointError("weights that are no parameters")
+    stored = model.state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in stored.items()}
+    if not all(weight.is_floating_point() for weight in stored.values()):
+        raise UnusualCheckpointError("weights that are whole numbers")
     found: dict[str, StoredTensor] = {}
     for name in shapes:
         for written in (name, f"{model.base_model_prefix}.{name}"):
@@ -226,7 +229,9 @@ def _put(model: nn.Module, names: Iterable[str], weight: nn.Parameter) -> None:
     """Make `weight` the parameter of all these names, so that they stay tied."""
     for name in names:
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, weight)
+        module = model.get_submodule(path)
+        # A table beside the parameters, such as BART's bias of the logits.
+        setattr(module, leaf, weight.data if leaf in module._buffers else weight)
 
 
 def _guard(model: nn.Module) -> None:

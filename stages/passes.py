@@ -12,9 +12,9 @@ from sherl_pipe.cache import Codec, NonFiniteError, Stream, StreamSpec
 from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages import quantize
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.families import blocks_of
+from sherl_pipe.stages.families import blocks_of, norm_of, stack_of
 from sherl_pipe.stages.features import Batch, Packed
-from sherl_pipe.stages.surgery import TapRecorder, cut_after
+from sherl_pipe.stages.surgery import TapRecorder, cut_after, placed
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
@@ -105,22 +105,25 @@ class MainPass:
         model: Any = cut_after(backbone, stream, spec.taps[-1])
         family = backbone.family
         self._recorder = TapRecorder(blocks_of(model, family, stream), spec.taps)
-        alone = "encoder" if family.seq2seq else ""
         tower = family.towers.get(stream)
-        self._model: Any = model.get_submodule(tower.model if tower else alone)
-        self._device, self._spec, self._tokens = backbone.device, spec, tokens
+        self._model: Any = model
+        if tower:
+            self._model = model.get_submodule(tower.model)
+        elif family.seq2seq:
+            self._model = stack_of(model, family, stream)
+        self._device, self._spec, self.tokens = backbone.device, spec, tokens
         self._pad_id, self._batch_tokens = pad_id, batch_tokens
 
     @torch.inference_mode()
     def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
         members = layout.members(shard)
-        for batch in token_batches(members, self._tokens.lengths, self._batch_tokens):
+        for batch in token_batches(members, self.tokens.lengths, self._batch_tokens):
             yield self.of(batch)
 
     def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
         """`[K, n, d]` of some examples, in one forward pass."""
-        inputs = self._tokens.batch(examples.tolist(), self._pad_id)
+        inputs = self.tokens.batch(examples.tolist(), self._pad_id)
         inputs = {name: values.to(self._device) for name, values in inputs.items()}
         self._model(**inputs)
         states = [self._recorder.states[tap].flatten(0, 1) for tap in self._spec.taps]
@@ -134,31 +137,69 @@ class MainPass:
 
 
 class DecoderPass:
-    """A T5 decoder up to its last tap, over given encoder states."""
+    """A decoder up to its last tap, over given encoder states."""
 
     def __init__(self, backbone: Backbone, taps: Sequence[int]) -> None:
         model: Any = cut_after(backbone, "decoder", taps[-1])
         self._recorder = TapRecorder(blocks_of(model, backbone.family, "decoder"), taps)
-        self._decoder = model.decoder
-        self._norm = model.encoder.final_layer_norm
+        self._decoder = stack_of(model, backbone.family, "decoder")
+        self._norm = norm_of(model, backbone.family, "encoder")
         self._taps, self._dtype = taps, backbone.dtype
+        self._family = backbone.family
 
-    def states(self, encoder: Packed, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def states(
+        self,
+        encoder: Packed,
+        inputs: Tensor,
+        mask: Tensor | None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """`[K, B, P, d]` at every position.
 
         Args:
             encoder: its top tap, `states [1, n, d]`.
             inputs: decoder token ids `[B, P]`.
             mask: additive, `[B, 1, P, P]`; causal where None.
+            places: `[P]`, where tokens are for learned positions; one behind another where None.
         """
-        self._decoder(
-            input_ids=inputs,
-            attention_mask=mask,
-            encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
-            encoder_attention_mask=encoder.mask().long(),
-            use_cache=False,
-        )
+        with placed(self._decoder, self._family, places):
+            self._decoder(
+                input_ids=inputs,
+                attention_mask=mask,
+                encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
+                encoder_attention_mask=encoder.mask().long(),
+                use_cache=False,
+            )
         return torch.stack([self._recorder.states[tap] for tap in self._taps])
+
+
+class CachedTop:
+    """The top tap of a shard of a cached encoder, decoded.
+
+    Args:
+        stream: the encoder's.
+        shard: its number.
+        device: where states are decoded.
+    """
+
+    def __init__(self, stream: Stream, shard: int, device: torch.device) -> None:
+        self._stream, self._device = stream, device
+        self._data = stream.read_shard(shard, [stream.spec.taps[-1]])
+
+    def states(self, examples: Sequence[int]) -> Packed:
+        """`[1, n, d]` of examples that are neighbours in the shard."""
+        stream, data, index = self._stream, self._data, self._stream.layout.index
+        first, last = examples[0], examples[-1]
+        rows = slice(int(index[first, 1]), int(index[last, 1] + index[last, 2]))
+        scales = None if data.scales is None else torch.from_numpy(data.scales[:, rows])
+        state = quantize.decode(
+            stream.codec,
+            torch.from_numpy(data.codes[:, rows]).to(self._device),
+            None if scales is None else scales.to(self._device),
+            stream.spec.width,
+            data.picks,
+        )
+        return Packed(state, torch.from_numpy(index[list(examples), 2]).to(self._device))
 
 
 class WordsPass:
@@ -174,29 +215,19 @@ class WordsPass:
     @torch.inference_mode()
     def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
-        stream = self._encoder
-        top = stream.spec.taps[-1]
-        data = stream.read_shard(shard, [top])
+        top = CachedTop(self._encoder, shard, self._device)
         members = layout.members(shard)
-        index = stream.layout.index
+        index = self._encoder.layout.index
         tokens = self._tree.flat_tokens().to(self._device)
         mask = self._tree.flat_mask(self._dtype).to(self._device)
         first = self._tree.first_places().to(self._device)
+        places = self._tree.flat_places().to(self._device)
         for batch in token_batches(members, index[:, 2] + len(tokens), self._batch):
-            rows = slice(int(index[batch[0], 1]), int(index[batch[-1], 1] + index[batch[-1], 2]))
-            scales = None if data.scales is None else torch.from_numpy(data.scales[:, rows])
-            state = quantize.decode(
-                stream.codec,
-                torch.from_numpy(data.codes[:, rows]).to(self._device),
-                None if scales is None else scales.to(self._device),
-                stream.spec.width,
-                data.picks,
-            )
-            lengths = torch.from_numpy(index[batch, 2]).to(self._device)
             states = self._decoder.states(
-                Packed(state, lengths),
+                top.states(batch.tolist()),
                 tokens.expand(len(batch), -1),
                 mask.expand(len(batch), -1, -1, -1),
+                places,
             )
             yield states[:, :, first].flatten(1, 2)
 

@@ -22,7 +22,7 @@ STEPS = 100
 
 def starts_from_probe(tuner: Tuner) -> bool:
     """Whether a tuning's head starts from a linear model; one that scores label words has none."""
-    return tuner.settings.head == "probe" and tuner.scoring is None
+    return tuner.settings.head == "probe" and tuner.spec.outputs > 0
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,17 @@ class Randomness:
     """A tuning's own random state, whatever is trained beside it."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
         self._devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(self._devices):
             torch.manual_seed(seed)
             self.state = self._now()
+
+    def restart(self, *numbers: int) -> None:
+        """Go on from a state that is made from numbers alone."""
+        (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+        # Seeds are signed there.
+        self.state = Randomness(int(seed >> 1), self._device).state
 
     @contextmanager
     def own(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable
+from sherl_pipe.cache.place import Place
 from sherl_pipe.stages.amounts import StepSample
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import pad_id
@@ -52,7 +53,7 @@ def measure_steps(
         writer: of the cache that holds the sample; gets labels.
         settings: of the tunings.
         seconds: after so many no other task is begun. A task whose label words were not measured
-            is left out.
+            is left out, and so is one of free text.
 
     Raises InputError for settings that do not fit the backbone.
     """
@@ -70,7 +71,7 @@ def measure_steps(
             ids=tuple(whole.ids[row] for row in rows),
             labels=tuple(whole.labels[row] for row in rows),
         )
-        if not _words_are_there(setup, table, writer):
+        if whole.spec.kind == "text" or not _words_are_there(setup, table, writer):
             continue
         writer.write_labels(table)
         writer.write_labels(replace(table, role="validation"))
@@ -210,9 +211,9 @@ def _tokens_of(counted: Survey, table: LabelTable) -> Tokens:
     return replace(counted.splits[0].tokens, inputs=inputs, truncated=0)
 
 
-def _forget(folder: Path) -> None:
+def _forget(folder: Place) -> None:
     """Ask the system to drop a cache's files from memory, so that they are read from the disk."""
-    if not hasattr(os, "posix_fadvise"):
+    if not isinstance(folder, Path) or not hasattr(os, "posix_fadvise"):
         return
     for file in folder.rglob("*"):
         if file.is_file():

@@ -9,8 +9,10 @@ from pathlib import Path
 from sherl_pipe.cache import CacheWriter, FeatureCache, Identity
 from sherl_pipe.cache.arrays import group_metadata
 from sherl_pipe.cache.manifest import METADATA, read_root
+from sherl_pipe.cache.record import FileRecord
 from sherl_pipe.cache.schema import ATTRIBUTE
 from sherl_pipe.cache.store import LocalStore
+from sherl_pipe.cache.stores import Store
 from sherl_pipe.stages.amounts import StreamBytes
 
 _FEATURES, _TABLES = re.compile(r"(values|scales)/c/"), re.compile(r"(ids|index)/c/")
@@ -23,7 +25,7 @@ class MemoryStore(LocalStore):
         super().__init__(Path("memory"))
         self._files: dict[str, bytes] = {}
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, record: FileRecord | None = None, *, keep: bool = False) -> bytes:
         """The bytes of `key`. Raises FileNotFoundError."""
         if key not in self._files:
             raise FileNotFoundError(key)
@@ -66,7 +68,7 @@ def opened(writer: CacheWriter) -> FeatureCache:
     return FeatureCache(writer.store, *read_root(writer.store))
 
 
-def stream_bytes(store: LocalStore, split: str, stream: str) -> StreamBytes:
+def stream_bytes(store: Store, split: str, stream: str) -> StreamBytes:
     """Bytes of a finished stream's files.
 
     A main stream counts the folder of its split too.

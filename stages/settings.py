@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from sherl_pipe.cache.fingerprint import hash_json
 
 PRECISIONS = ("float32", "bf16")
-HEADS = ("random", "probe")
+HEADS = ("random", "probe", "words")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class TuneSettings:
         init: what training starts from, one of `Method.inits`.
         pool: of a pooled head, one of `POOLS`.
         head: what an encoder's head starts from, `random` or `probe`, a linear model fitted to what
-            it reads of the training rows at the start.
+            it reads of the training rows at the start. With `words` a causal model keeps its own
+            head, and its label words are scored by their first tokens.
         loss: of label words, `words` or `vocabulary` (see `Scoring`); text-to-text backbones.
         precision: `float32`, or `bf16` for autocast.
     """
@@ -68,7 +69,7 @@ class TuneResult:
     """What a tuning gave.
 
     Attributes:
-        metrics: in percent, on `examples` rows of the `role` split.
+        metrics: in percent but for `perplexity`, on `examples` rows of the `role` split.
         trainable, backbone: numbers of parameters.
         seconds: of training and evaluation; `seconds_per_epoch` of training alone.
         peak_mib: peak memory above what the process (or device) held before the features.

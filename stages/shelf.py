@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from sherl_pipe.stages.commons import Commons
+
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 Room = Mapping[str, tuple[Bytes, Bytes | None]]
+Blocks = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Seconds that a batch may wait for its shards before the caller is told of it.
 PATIENCE = 2.0
@@ -50,15 +55,22 @@ class Shelf:
         device: where the memory is.
         window: None for a place for every shard, which then stays. Else there are places for two
             windows of so many shards: for the one in use and for the next.
+        commons: memory that other processes have too, for a shelf without a window on the host.
 
     Attributes:
         there: shards whose rows are there.
     """
 
     def __init__(
-        self, forms: Mapping[str, Form], device: torch.device, window: int | None = None
+        self,
+        forms: Mapping[str, Form],
+        device: torch.device,
+        window: int | None = None,
+        commons: Commons | None = None,
     ) -> None:
         self.window, self.there = window, set[int]()
+        self._commons = commons if commons is not None and commons.folder else None
+        shared = self._commons.blocks() if self._commons else {}
         shards = len(next(iter(forms.values())).rows)
         places = shards if window is None else min(shards, 2 * window)
         self._place = np.arange(shards) if window is None else np.full(shards, -1)
@@ -70,6 +82,9 @@ class Shelf:
             # A place that many shards use in turn is as large as the largest of them.
             rows = form.rows if window is None else np.full(places, form.rows.max())
             self._start[role] = np.cumsum(rows) - rows
+            if role in shared:
+                self._blocks[role] = shared[role]
+                continue
             sizes = form.code_bytes, form.scale_bytes
             # Readers are outside of an evaluation's inference mode, and fill tensors made in it.
             with torch.inference_mode(False):
@@ -100,6 +115,10 @@ class Shelf:
                 scales, None where the codec has none. What it raises is raised, and the shard is
                 then not there.
         """
+        if self._commons is not None:
+            self._commons.bring(shard, fill)
+            self.there.add(shard)
+            return
         places: dict[str, tuple[Tensor, Tensor | None]] = {}
         room: dict[str, tuple[Bytes, Bytes | None]] = {}
         for role, (codes, scales) in self._blocks.items():

@@ -9,15 +9,17 @@ begins at the first late block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from sherl_pipe.stages.attention import FewQueries, LonePosition
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.families import Family, blocks_of
+from sherl_pipe.stages.families import Family, blocks_of, stack_of
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def share(module: nn.Module) -> Any:
@@ -144,12 +146,73 @@ def late_encoder(backbone: Backbone, late: int) -> nn.Module:
     return encoder
 
 
-def late_decoder(backbone: Backbone, late: int) -> nn.Module:
-    """The last `late` blocks of a T5 decoder, without the final norm.
+@contextmanager
+def placed(stack: nn.Module, family: Family, places: Tensor | None) -> Iterator[None]:
+    """Inside, tokens of a stack of an encoder-decoder stand at `places`, `[S]` or `[B, S]`, for its
+    learned positions, instead of one behind another. Relative positions need no telling: these are
+    the mask's."""
+    if family.places is None or places is None:
+        yield
+        return
+    handle = move_positions(stack, family, lambda: places)
+    try:
+        yield
+    finally:
+        handle.remove()
 
-    Called with `inputs_embeds [B, P, d]` and `encoder_hidden_states [B, S, d]`. The relative
-    position bias belongs to block 0 of the whole stack and moves to the first block that is left.
+
+def move_positions(
+    stack: nn.Module, family: Family, places_of: Callable[[], Tensor | None]
+) -> RemovableHandle:
+    """Let learned positions of a stack be those of `places_of()`, `[S]` or `[B, S]`, each smaller
+    than the length of its batch; of None, what they are."""
+
+    def move(_: nn.Module, __: tuple[Any, ...], rows: Tensor) -> Tensor:
+        places = places_of()
+        # Those of tokens one behind another are `[1, S, d]`, or the same for every example.
+        return rows if places is None else rows.view(-1, *rows.shape[-2:])[0][places]
+
+    return stack.get_submodule(family.places or "").register_forward_hook(move)
+
+
+class NoPositions(nn.Module):
+    """Stands where a table of positions was that is called with no states, and adds nothing."""
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def bare(stack: Any, family: Family) -> None:
+    """Let a stack of an encoder-decoder with learned positions take `inputs_embeds [B, S, d]` as
+    the very states that its blocks begin with."""
+    stack.embed_tokens = None
+    if family.places is not None:
+        replace_module(stack, family.places, NoPositions())
+    if family.entry is not None:
+        replace_module(stack, family.entry, nn.Identity())
+
+
+def late_decoder(backbone: Backbone, late: int) -> nn.Module:
+    """The last `late` blocks of an encoder-decoder's decoder, without the final norm.
+
+    Called with `inputs_embeds [B, P, d]` and `encoder_hidden_states [B, S, d]`.
     """
+    family = backbone.family
+    if family.lent is not None:
+        return _late_t5(backbone, late)
+    stack: Any = share(stack_of(backbone.model, family, "decoder"))
+    name = family.streams["decoder"].rpartition(".")[2]
+    setattr(stack, name, nn.ModuleList(list(getattr(stack, name))[-late:]))
+    bare(stack, family)
+    if family.norm is not None:
+        replace_module(stack, family.norm, nn.Identity())
+    decoder: nn.Module = stack
+    return decoder
+
+
+def _late_t5(backbone: Backbone, late: int) -> nn.Module:
+    """The relative position bias belongs to block 0 of the whole stack and moves to the first block
+    that is left."""
     stack: Any = share(backbone.model.get_submodule("decoder"))
     bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias
     stack.block = nn.ModuleList(list(stack.block)[-late:])

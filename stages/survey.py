@@ -228,6 +228,8 @@ def upper_bound(
     tokens whatever is in it: `image_tokens`, or the identity's `max_length`.
     """
     main = "encoder" if "encoder" in identity.streams else "hidden"
+    said_in = identity.streams.get("decoder") or identity.streams.get(main)
+    deep = token_bytes(identity.codec, said_in) if said_in else 0
     nodes, streams = 0, 1
     for tree in trees:
         nodes, streams = nodes + len(tree.nodes), streams + 1
@@ -239,6 +241,9 @@ def upper_bound(
         total += STREAM_BYTES * streams + example * len(source.rows)
         row = token_bytes(identity.codec, identity.streams[source.stream or main])
         for each in source.rows:
+            if source.target_column is not None:
+                said = TEMPLATE_TOKENS + _most_tokens(each.get(source.target_column))
+                total += deep * min(identity.max_length, said) + EXAMPLE_BYTES
             size = TEMPLATE_TOKENS + sum(_most_tokens(each.get(name)) for name in source.columns)
             most = image_tokens if source.stream == "image" else None
             total += row * min(most or identity.max_length, size)

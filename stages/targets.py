@@ -18,6 +18,9 @@ GLUE_METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("pearson", "spearman"),
 }
 
+# Of free text nothing is counted; `text_metrics` says what its metrics are.
+TEXT = TaskSpec("text", (), (), ("exact_match", "token_accuracy", "perplexity"))
+
 # More label words than this are no classes but free text.
 MAX_WORDS = 256
 
@@ -33,10 +36,13 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
     """
     by_task: dict[str, list[Source]] = {}
     for source in sources:
-        if source.label_column is not None:
+        if source.label_column is not None or source.target_column is not None:
             by_task.setdefault(source.task, []).append(source)
     tables = []
     for task, members in by_task.items():
+        if members[0].target_column is not None:
+            tables += [_text_table(source, templates[source.name]) for source in members]
+            continue
         values = {source.name: source.labels() for source in members}
         spec = task_spec(task, [value for column in values.values() for value in column])
         for source in members:
@@ -44,6 +50,11 @@ def label_tables(sources: Iterable[Source], templates: Mapping[str, Template]) -
             labels = [encode_label(spec, value) for value in values[source.name]]
             tables.append(LabelTable(task, source.role, spec, tuple(ids), tuple(labels)))
     return tables
+
+
+def _text_table(source: Source, template: Template) -> LabelTable:
+    ids = tuple(source.ids(template))
+    return LabelTable(source.task, source.role, TEXT, ids, tuple(source.targets()))
 
 
 def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
@@ -77,8 +88,8 @@ def task_spec(task: str, values: Sequence[Any]) -> TaskSpec:
                 f"labels of {task}",
                 expected=f"at most {MAX_WORDS} classes, or fractions for a regression",
                 found=f"{len(classes)} different values",
-                todo="Free-text targets are not classes; write numbers with a decimal point "
-                "for a regression.",
+                todo="Name the column with --target-column if they are free text; write numbers "
+                "with a decimal point for a regression.",
             )
         )
     # 1 and "1" are one class.
@@ -97,6 +108,15 @@ def _grades(values: Sequence[float]) -> list[float]:
 
 def encode_label(spec: TaskSpec, value: Any) -> Label:
     """The class number, or the float, of a label. Raises InputError for any other."""
+    if spec.kind == "text":
+        raise InputError(
+            explain(
+                "label",
+                expected="free text, which the task has",
+                found=repr(value),
+                todo="Name its column with --target-column.",
+            )
+        )
     try:
         return float(value) if spec.kind == "regression" else spec.classes.index(str(value))
     except ValueError as error:

@@ -24,8 +24,10 @@ from sherl_pipe.stages.randomness import Randomness
 from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.retrieval import contrastive
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
+from sherl_pipe.stages.step import losses as losses
+from sherl_pipe.stages.step import train_step as train_step
 from sherl_pipe.stages.task import Task
-from sherl_pipe.stages.words import Scoring
+from sherl_pipe.stages.texts import IGNORED, judged, padded, text_loss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,7 +43,8 @@ class Tuner:
         task: what to learn.
         settings: how.
         folder: where the adapter, and checkpoints on the way, are written.
-        budget, residency, readers: of features, as for `FeatureSource`. They change no result.
+        budget, residency, readers, shared: of features, as for `FeatureSource`. They change no
+            result.
     """
 
     def __init__(
@@ -53,17 +56,18 @@ class Tuner:
         budget: int,
         residency: str = "auto",
         readers: int | None = None,
+        shared: bool = False,
     ) -> None:
         self.task, self.settings, self.folder = task, settings, folder
         kind: type[AnySource] = PairSource if task.backbone.family.towers else FeatureSource
-        home = partial(kind, budget=budget, residency=residency, readers=readers)
+        home = partial(kind, budget=budget, residency=residency, readers=readers, shared=shared)
         self._features = partial(home, task.cache, device=task.backbone.device)
         self.spec = task.route_spec(settings)
         method, backbone = find_method(settings.method), task.backbone
         self.randomness = Randomness(settings.seed, backbone.device)
         with Randomness(settings.seed, backbone.device).own():
             self.route: Route = method.build(backbone, self.spec)
-        self.scoring = Scoring.of(task.tree, settings.loss) if task.tree else None
+        self.scoring = task.scoring(settings)
         self.parameters = trainable(self.route)
         self._ready = settings.init not in method.given
 
@@ -92,9 +96,9 @@ class Tuner:
     @property
     def key(self) -> str:
         """Names everything that determines the result."""
-        labels = [table.to_json() for table in (self.task.train, self.task.held_out)]
         identity = self.task.cache.identity.fingerprint_for(self.spec.taps)
-        return hash_json([asdict(self.settings), self.spec.to_json(), identity, labels])
+        described = asdict(self.settings), self.spec.to_json(), identity, self.task.rows
+        return hash_json(list(described))
 
     def finished(self) -> TuneResult | None:
         """The result, if this very tuning was finished in its folder before."""
@@ -118,7 +122,7 @@ class Tuner:
     def outputs(self, source: FeatureSource, batch_size: int) -> Tensor:
         """Head outputs or word scores `[N, C]`, in the order of the source's table."""
         batches = source.read(source.in_order(batch_size))
-        return self.ordered([(each.rows, self.scores(each.streams)) for each in batches])
+        return self.ordered([(each.rows, self.scores(each.streams, each.rows)) for each in batches])
 
     def ordered(self, found: Sequence[tuple[Ints, Tensor]]) -> Tensor:
         """Outputs of batches, `[N, C]` in the order of the table.
@@ -134,13 +138,17 @@ class Tuner:
         return ordered
 
     @torch.inference_mode()
-    def scores(self, streams: Streams) -> Tensor:
-        """Head outputs or word scores `[B, C]` of a batch, on the host."""
+    def scores(self, streams: Streams, rows: Ints) -> Tensor:
+        """Head outputs or word scores `[B, C]` of a batch of held-out `rows`, on the host; of free
+        text what `text_metrics` takes, `[B, 3]`."""
         self.route.eval()
         scoring, route = self.scoring, self.route
         with self.autocast():
             tree, tokens = (scoring.tree, scoring.tokens) if scoring else (None, None)
             (hidden,) = route.hidden([route], [route.fuse(streams, tree)], [streams], tree)
+            if self.task.texts is not None:
+                said = padded(self.task.target_tokens(rows, train=False))
+                return judged(route.logits, hidden, said.to(hidden.device)).cpu()
             logits = route.logits(hidden, tokens).float()
         return (scoring.score(logits) if scoring else logits).cpu()
 
@@ -150,10 +158,13 @@ class Tuner:
 
     def loss_of(self, hidden: Tensor, rows: Ints) -> Tensor:
         """Mean loss of what the head reads for `rows` of the training table."""
+        if self.task.texts is not None:
+            tokens = padded(self.task.target_tokens(rows, train=True)).to(hidden.device)
+            inside = tokens != IGNORED
+            return text_loss(self.route.logits(hidden[inside]).float(), tokens[inside])
         if self.scoring is not None:
             logits = self.route.logits(hidden, self.scoring.tokens).float()
-            labels = [self.task.train.labels[row] for row in rows.tolist()]
-            return self.scoring.loss(logits, torch.from_numpy(self.task.words_of(labels)))
+            return self.scoring.loss(logits, torch.from_numpy(self._words(rows)))
         if self.task.spec.kind == "retrieval":
             texts, images = hidden
             others = self.task.pairings[0].others(rows)
@@ -163,6 +174,17 @@ class Tuner:
         if self.task.spec.kind == "classification":
             return F.cross_entropy(logits, wanted)
         return F.mse_loss(logits[:, 0], wanted)
+
+    def amount(self, rows: Ints) -> int:
+        """How many examples or tokens the mean loss of `rows` of the training table is over."""
+        if self.task.texts is not None:
+            return sum(map(len, self.task.target_tokens(rows, train=True)))
+        if self.scoring is None:
+            return len(rows)
+        return self.scoring.amount(torch.from_numpy(self._words(rows)))
+
+    def _words(self, rows: Ints) -> Ints:
+        return self.task.words_of([self.task.train.labels[row] for row in rows.tolist()])
 
     def autocast(self) -> torch.autocast:
         """In force during forward passes."""
@@ -193,6 +215,10 @@ class Tuner:
         if not torch.isfinite(clip_gradients(self.parameters.values(), self.settings.clip)):
             raise self._not_finite(f"the gradient at step {step} is")
         optimizer.step()
+
+    def score(self, outputs: Tensor) -> float:
+        """The task's one number, of outputs `[N, C]` for the held-out rows."""
+        return metrics.headline(self.task.measured(outputs))
 
     def finish(self, outputs: Tensor, **costs: float) -> TuneResult:
         """Evaluate and save.
@@ -249,54 +275,3 @@ class Tuner:
         body = {"key": self.key, "result": asdict(result), "settings": asdict(settings)}
         store.replace(RESULT_NAME, json.dumps(body, indent=1).encode())
         store.delete(checkpoint.NAME)
-
-
-def losses(tuners: Sequence[Tuner], batches: Sequence[Batch]) -> list[Tensor]:
-    """Mean loss of each tuning's training batch; the late blocks run once for all of them.
-
-    The tunings have one backbone, method, depth of the late route and precision.
-    """
-    routes = [tuner.route for tuner in tuners]
-    streams = [batch.streams for batch in batches]
-    with tuners[0].autocast():
-        fused = []
-        for tuner, own in zip(tuners, streams, strict=True):
-            with tuner.randomness.own():
-                fused.append(tuner.route.fuse(own))
-        hidden = routes[0].hidden(routes, fused, streams)
-        return [
-            tuner.loss_of(states, batch.rows)
-            for tuner, states, batch in zip(tuners, hidden, batches, strict=True)
-        ]
-
-
-def train_step(
-    tuners: Sequence[Tuner],
-    batches: Sequence[Batch],
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: int,
-    total: int,
-) -> list[NonFiniteError | None]:
-    """Take step `step` of `total` of several tunings (see `losses`), each on its own batch.
-
-    On the CPU one after another, so that each is bit for bit what it is alone: larger products
-    are no faster there. On CUDA together, equal up to the rounding of sums in another order.
-
-    Returns for each tuning the error that ends it, if its gradient is no number; no other tuning
-    is touched by that.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    if tuners[0].task.backbone.device.type == "cpu":
-        for tuner, batch in zip(tuners, batches, strict=True):
-            tuner.loss(batch).backward()
-    else:
-        torch.stack(losses(tuners, batches)).sum().backward()
-    errors: list[NonFiniteError | None] = []
-    for tuner, optimizer in zip(tuners, optimizers, strict=True):
-        try:
-            tuner.update(optimizer, step, total)
-            errors.append(None)
-        except NonFiniteError as error:
-            errors.append(error)
-    return errors

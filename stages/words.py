@@ -102,6 +102,10 @@ class PrefixTree:
         """Decoder input ids `[P]` of the paths to all leaves."""
         return torch.tensor([self.nodes[node][-1] for node in self.flat_nodes])
 
+    def flat_places(self) -> Tensor:
+        """How deep each of the flat tokens stands in its path, `[P]`."""
+        return torch.tensor([len(self.nodes[node]) - 1 for node in self.flat_nodes])
+
     def flat_mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask `[1, 1, P, P]`: every path sees itself, causally, and no other path.
 
@@ -184,6 +188,12 @@ class Scoring:
         targets = targets.to(logits.device)
         total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return total / len(words)
+
+    def amount(self, words: Tensor) -> int:
+        """What `loss` is the mean over: tokens of `words [B]`, or examples."""
+        if self.tokens is not None:
+            return len(words)
+        return int((self._tables[0][words] >= 0).sum())
 
     def score(self, logits: Tensor) -> Tensor:
         """Log-probability of every word, `[B, words]`, of `logits [B, nodes, V]`.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tools import write_data
+from s3_tools import server, url, wire  # noqa: F401 - fixtures of every file that asks for them
 from sherl_pipe.pipeline import planning
 
 # The models here are tiny: threads gain nothing, and on a busy machine their barriers cost a lot.

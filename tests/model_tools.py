@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModel,
+    BartConfig,
+    BartForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -27,12 +29,13 @@ _TEXT = (
     "sentence sentence1 sentence2 colour mood size mixed good bad"
 )
 WORDS = _TEXT.split()
-SEQ2SEQ = ("t5", "t5-gated")
+SEQ2SEQ = ("t5", "t5-gated", "bart")
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 VISION = ("vit", "deit", "dinov2")
 FAMILIES = (*SEQ2SEQ, *ENCODERS, *CAUSAL)
 
+_BART = {"layers": 5, "attention_heads": 4, "ffn_dim": 48}
 # What the config of a family has beside, or instead of, what all have.
 _OWN: dict[str, dict[str, Any]] = {
     "bert": {"add_pooling_layer": False},
@@ -111,6 +114,25 @@ def _model(family: str, vocabulary: int) -> Any:
             # An untied head, as T5 1.1 has it.
             model.config.tie_word_embeddings = False
             model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 36))
+        return model
+    if family == "bart":
+        shape = {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in _BART.items()}
+        model = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=vocabulary,
+                d_model=36,
+                max_position_embeddings=64,
+                scale_embedding=True,
+                pad_token_id=0,
+                bos_token_id=3,
+                eos_token_id=1,
+                decoder_start_token_id=1,
+                forced_bos_token_id=None,
+                forced_eos_token_id=1,
+                **shape,
+            )
+        )
+        model.final_logits_bias.copy_(0.3 * torch.randn(1, vocabulary))
         return model
     shape: dict[str, Any] = {
         "vocab_size": vocabulary,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -194,9 +195,9 @@ def test_a_finished_stream_is_not_read_again(tmp_path: Path) -> None:
     write_whole(tmp_path)
     read, keys = LocalStore.read, []
 
-    def noted(store: LocalStore, key: str) -> bytes:
+    def noted(store: LocalStore, key: str, *how: Any, **more: Any) -> bytes:
         keys.append(key)
-        return read(store, key)
+        return read(store, key, *how, **more)
 
     with patch.object(LocalStore, "read", noted):
         assert write(tmp_path) == set()

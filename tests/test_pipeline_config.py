@@ -182,17 +182,20 @@ def test_command_line_and_config_have_the_same_defaults(monkeypatch: pytest.Monk
 
 
 EXTRACT = """--model m --revision r --device cpu --cache c --data d --task t --text-column a
-    --image-column i --label-column l --limit 3 --codec float32 --taps 0,2 --template task
-    --max-length 9 --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
+    --image-column i --label-column l --target-column w --limit 3 --codec float32 --taps 0,2
+    --template task --max-length 9 --batch-tokens 10 --shard-mib 2 --dtype bfloat16"""
 TUNE = """--cache c --device cpu --task t --method lst --preset paper --reduction 2 --late 2
     --lr 0.1 --lr 0.2 --epochs 3 --batch-size 5 --seed 4 --warmup 0.5 --weight-decay 0.1
     --clip 2 --init paper --pool first --head probe --loss vocabulary --precision bf16
-    --together 3 --residency host --memory-budget 1GB --readers 3 --out o"""
+    --together 3 --residency host --memory-budget 1GB --readers 3 --local-copies l
+    --local-copies-size 2GB --out o"""
 
 
 def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configs(monkeypatch, "extract", *EXTRACT.split())
+    workers = "--workers", 2, "--ray-address", "h:1"
+    config = configs(monkeypatch, "extract", *EXTRACT.split(), *workers)
     expected = {"model": "m", "revision": "r", "device": "cpu", "cache": Path("c")}
+    expected["ray_address"] = "h:1"
     for name, value in expected.items():
         assert getattr(config, name) == value
     for given, default in ((config.data, DataConfig()), (config.extract, ExtractConfig())):
@@ -201,8 +204,10 @@ def test_every_option_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> Non
     costs = """--method lst --preset paper --reduction 2 --late 2 --epochs 3 --batch-size 5
         --residency host --memory-budget 1GB"""
     planned = configs(monkeypatch, "plan", *EXTRACT.split(), *costs.split(), "--tunings", 9)
-    assert (planned.data, planned.extract, planned.model) == (config.data, config.extract, "m")
-    config = configs(monkeypatch, "tune", *TUNE.split())
+    alone = config.extract.model_copy(update={"workers": None})
+    assert (planned.data, planned.extract, planned.model) == (config.data, alone, "m")
+    config = configs(monkeypatch, "tune", *TUNE.split(), *workers, "--retries", 1)
+    assert config.ray_address == "h:1"
     for field in TuneConfig.model_fields:
         assert getattr(config.tune, field) != getattr(TuneConfig(), field), field
     assert config.tune.lr == (0.1, 0.2)

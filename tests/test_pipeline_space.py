@@ -11,7 +11,7 @@ from cli_tools import done, refused, sherl, size_of, snapshot
 from model_tools import save_model
 from sherl_pipe.cache import StreamWriter
 from sherl_pipe.cache.store import LocalStore
-from sherl_pipe.pipeline import opening, planning, steps
+from sherl_pipe.pipeline import opening, planning, staff
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.stages.amounts import Amount
 
@@ -53,8 +53,8 @@ def test_extract_refuses_early_what_the_disk_cannot_hold(
 
 def test_what_is_committed_needs_no_room(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(world / "model", "bert")
-    small, commit, turns = steps.Extractor, StreamWriter.commit, iter(range(4))
-    monkeypatch.setattr(steps, "Extractor", lambda *a, **k: small(*a, **k | {"shard_bytes": 1}))
+    small, commit, turns = staff.Extractor, StreamWriter.commit, iter(range(4))
+    monkeypatch.setattr(staff, "Extractor", lambda *a, **k: small(*a, **k | {"shard_bytes": 1}))
 
     def interrupted(*args: Any) -> int:
         if next(turns, None) is None:

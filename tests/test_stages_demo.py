@@ -11,7 +11,8 @@ import pytest
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.pipeline.config import read_config
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.steps import run_extract, run_tune
+from sherl_pipe.pipeline.steps import run_extract
+from sherl_pipe.pipeline.tuning import run_tune
 from sherl_pipe.stages.demo.data import write_corpus
 from sherl_pipe.stages.demo.grammar import corpus, pretraining_text
 from sherl_pipe.stages.demo.lexicon import TASKS

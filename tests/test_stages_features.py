@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import CorruptCacheError, FeatureCache, InputError, Stream
-from sherl_pipe.stages import features, pack, shelf
+from sherl_pipe.stages import features, group, shelf
 from sherl_pipe.stages.features import WINDOW, Batch, FeatureSource, Ints, Packed
 from sherl_pipe.stages.tune import train_step
 from tune_tools import MUCH, Stopped, World, make_world, recorder, run, same, weights
@@ -280,7 +280,7 @@ def test_training_sees_every_row_once_an_epoch(
         seen.extend(row for batch in batches for row in batch.rows.tolist())
         return train_step(tuners, batches, *rest)
 
-    monkeypatch.setattr(pack, "train_step", note)
+    monkeypatch.setattr(group, "train_step", note)
     source = sources(world, 0)
 
     def uneven(size: int) -> bool:

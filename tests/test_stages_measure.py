@@ -14,7 +14,7 @@ from cli_tools import snapshot, write_rows
 from model_tools import save_model, sentences, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache
 from sherl_pipe.cache.layout import assign
-from sherl_pipe.pipeline import opening, planning, steps
+from sherl_pipe.pipeline import opening, planning, staff, steps
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.extract import pad_id
@@ -60,8 +60,8 @@ def test_what_is_counted_is_what_is_extracted(
     counted, trees = planning._count(ready, {}, QUIET)
     found = amounts(counted, trees, setup.identity, shard_bytes=1, batch_tokens=256)
     small = {"shard_bytes": 1}
-    extractor = steps.Extractor
-    monkeypatch.setattr(steps, "Extractor", lambda *a, **k: extractor(*a, **k | small))
+    extractor = staff.Extractor
+    monkeypatch.setattr(staff, "Extractor", lambda *a, **k: extractor(*a, **k | small))
     monkeypatch.setattr("os.fsync", lambda _: None)
     steps.run_extract(config, QUIET)
     cache = FeatureCache.open(tmp_path / "cache")
@@ -179,7 +179,7 @@ def test_a_store_in_memory_holds_what_the_disk_would(tmp_path: Path) -> None:
     memory = memory_writer(ready.identity)
     with CacheWriter.open(tmp_path / "cache", ready.identity) as disk:
         for writer in (disk, memory):
-            extractor = steps.Extractor(writer, ready.backbone, ready.tokenizer)
+            extractor = staff.Extractor(writer, ready.backbone, ready.tokenizer)
             known: dict[bytes, str] = {}
             for source in ready.sources[:2]:
                 extractor.split(source, ready.templates[source.name], known)

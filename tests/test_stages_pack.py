@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sherl_pipe.cache import InputError, NonFiniteError, Stream
-from sherl_pipe.stages import pack
+from sherl_pipe.stages import group
 from sherl_pipe.stages.features import WINDOW
 from sherl_pipe.stages.pack import Pack, packs
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
@@ -102,7 +102,7 @@ def test_every_shard_is_read_once_an_epoch(
         raise Stopped
 
     monkeypatch.setattr(Stream, "read_shard", count)
-    monkeypatch.setattr(Pack, "_evaluate", stop)
+    monkeypatch.setattr(Pack, "evaluate", stop)
     with pytest.raises(Stopped):
         whole.run()
     assert len(read) > WINDOW
@@ -113,7 +113,7 @@ def test_a_stopped_pass_goes_on(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together(world, tmp_path / "whole").run()
-    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(Stopped):
         together(world, tmp_path / "often").run(recorder([], 3))
     # One of them was begun anew meanwhile: it catches up by itself.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import CorruptCacheError, InputError, NonFiniteError
-from sherl_pipe.stages import pack, tune
+from sherl_pipe.stages import group, tune
 from sherl_pipe.stages.methods import Consolidation
 from sherl_pipe.stages.task import train_and_held_out
 from tune_tools import HELD_OUT, MUCH, Stopped, World, make_world, recorder, run, same, weights
@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stopped_tuning_ends_with_the_same_weights(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
     seen: list[int] = []
     whole = run(world.tuner(tmp_path / "whole"), recorder(seen))
     total = len(seen)
@@ -55,7 +55,7 @@ def test_a_tuning_stopped_again_and_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(world.tuner(tmp_path / "whole", task="size"))
-    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
     for stop in (2, 4, 5, 8):
         with pytest.raises(Stopped):
             run(world.tuner(tmp_path / "often", task="size"), recorder([], stop))
@@ -66,7 +66,7 @@ def test_a_tuning_stopped_again_and_again(
 def test_a_checkpoint_is_believed_only_if_it_is_whole_and_of_this_tuning(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(Stopped):
         run(world.tuner(tmp_path / "run"), recorder([], 4))
     seen: list[int] = []

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from cli_tools import write_rows
-from model_tools import labels_of, save_model, sentences
+from model_tools import SEQ2SEQ, labels_of, save_model, sentences
 from sherl_pipe.cache import FeatureCache, NonFiniteError
-from sherl_pipe.pipeline import steps
+from sherl_pipe.pipeline import staff, steps
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.backbone import Backbone
@@ -55,13 +55,20 @@ class World:
         budget: int = MUCH,
         residency: str = "auto",
         readers: int | None = None,
+        shared: bool = False,
         **how: Any,
     ) -> Tuner:
         settings = TuneSettings(
             **{"reduction": 1, "epochs": 2, "batch_size": 32, "lr": 1e-2, **how}
         )
         tuner = Tuner(
-            self.task(task), settings, folder, budget=budget, residency=residency, readers=readers
+            self.task(task),
+            settings,
+            folder,
+            budget=budget,
+            residency=residency,
+            readers=readers,
+            shared=shared,
         )
         for module in tuner.route.modules():
             if isinstance(module, Consolidation):
@@ -103,10 +110,10 @@ def make_world(folder: Path, family: str, method: str = "sherl") -> World:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
-        patch.setattr(steps, "Extractor", lambda *a, **k: Extractor(*a, **k | {"shard_bytes": 1}))
+        patch.setattr(staff, "Extractor", lambda *a, **k: Extractor(*a, **k | {"shard_bytes": 1}))
         steps.run_extract(config, QUIET)
         world = World(*steps.open_for_tuning(config, QUIET))
-    stream = "encoder" if family == "t5" else "hidden"
+    stream = "encoder" if family in SEQ2SEQ else "hidden"
     assert world.cache.stream("alone/train", stream).layout.shards > WINDOW
     return world
 

@@ -160,7 +160,12 @@ class WordRoute(Route):
         model: Any = backbone.model
         self.spec = spec
         self.lm_head: nn.Module = share(backbone.words or model.lm_head)
-        self.scale = backbone.width**-0.5 if model.config.scale_decoder_outputs else 1.0
+        scaled = getattr(model.config, "scale_decoder_outputs", False)
+        self.scale = backbone.width**-0.5 if scaled else 1.0
+        # BART's, beside a head without a bias.
+        bias = getattr(model, "final_logits_bias", None)
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias[0], persistent=False)
 
     def reads(self) -> dict[str, tuple[int, ...]]:
         """Taps needed from a cache, per stream."""
@@ -170,8 +175,10 @@ class WordRoute(Route):
         """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
         if tokens is None:
             whole: Tensor = self.lm_head(hidden)
-            return whole
-        return functional.linear(hidden, *head_rows(self.lm_head, tokens))
+            return whole if self.bias is None else whole + self.bias
+        weight, bias = head_rows(self.lm_head, tokens)
+        some = functional.linear(hidden, weight, bias)
+        return some if self.bias is None else some + self.bias[list(tokens)]
 
 
 class Method(ABC):
@@ -181,6 +188,7 @@ class Method(ABC):
         usual: defaults of the settings that mean something of their own to each method:
             `reduction`, `late` and `init`.
         inits: what its trained weights can start from.
+        speaks: whether it has a route in front of a causal model's own head.
         given: those of them that `Tuner.start_from` has to be given weights for.
         dual: whether it has a form for dual encoders.
     """
@@ -189,6 +197,7 @@ class Method(ABC):
     inits: ClassVar[tuple[str, ...]]
     given: ClassVar[frozenset[str]] = frozenset()
     dual: ClassVar[bool] = False
+    speaks: ClassVar[bool] = False
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""DTL's route on T5."""
+"""DTL's route on encoder-decoders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of, norm_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.add_backs import adding_back
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 
 class DtlSeq2Seq(WordRoute):
-    """DTL on T5, which the paper does not have.
+    """DTL on T5 and BART, which the paper does not have.
 
     Each stack has a side network. The encoder's is added behind the last block alone, in front of
     the frozen final norm, so that no encoder block runs; that memory is the late decoder blocks'.
     The decoder's is added behind each late block. Final norm and head are frozen.
 
     Args:
-        backbone: the frozen T5.
+        backbone: the frozen model.
         spec: `spec.taps["encoder"]` are what enters the blocks that report, and the top tap;
             `spec.taps["decoder"]` what enters the cached blocks that report, the last of them being
             what enters the first late block.
@@ -44,8 +45,9 @@ class DtlSeq2Seq(WordRoute):
         late = range(depth - spec.late, depth)
         self.decoder = CompactSide(width, rank, {*spec.taps["decoder"], *late}, late)
         self.late = late_decoder(backbone, spec.late)
-        self.encoder_norm: nn.Module = share(model.encoder.final_layer_norm)
-        self.decoder_norm: nn.Module = share(model.decoder.final_layer_norm)
+        self.blocks = backbone.family.streams["decoder"].rpartition(".")[2]
+        self.encoder_norm: nn.Module = share(norm_of(model, backbone.family, "encoder"))
+        self.decoder_norm: nn.Module = share(norm_of(model, backbone.family, "decoder"))
 
     def fuse(
         self, streams: Mapping[str, Packed], tree: PrefixTree | None = None
@@ -79,7 +81,7 @@ class DtlSeq2Seq(WordRoute):
             [each.pad(parts[place], size) for each, parts in zip(packed, fused, strict=True)]
             for place in (1, 2)
         )
-        blocks: Any = first.late.get_submodule("block")
+        blocks: Any = getattr(first.late, first.blocks)
         number = first.spec.taps["decoder"][-1]
         sides = [route.decoder for route in routes]
         with adding_back(blocks, number, sides, [on_paths(each, tree) for each in gathered]):
@@ -91,17 +93,17 @@ class DtlSeq2Seq(WordRoute):
         ]
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both side networks in it; its weights are shared."""
+        """The live model with both side networks in it; its weights are shared."""
         model: Any = share(backbone.model)
-        taps = self.spec.taps["encoder"]
-        states = TapRecorder(model.encoder.block, taps)
+        taps, family = self.spec.taps["encoder"], backbone.family
+        states = TapRecorder(blocks_of(model, family, "encoder"), taps)
 
         def memory(_: Tensor | None) -> Tensor:
             stacked = states.stacked(taps).flatten(1, 2)
             side = self._memory(stacked[:-1], stacked[-1])
             return side.view(*states.states[taps[-1]].shape)
 
-        two_memories(model, backbone.width, memory, self.spec.taps["decoder"][-1])
-        self.decoder.attach(model.decoder.block)
+        two_memories(model, family, backbone.width, memory, self.spec.taps["decoder"][-1])
+        self.decoder.attach(blocks_of(model, family, "decoder"))
         live: nn.Module = model
         return live

@@ -17,7 +17,7 @@ from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.methods.parts import StackedLinear, start_linear
 from sherl_pipe.stages.methods.published import Names, Published, pair, part, whole
-from sherl_pipe.stages.surgery import without_embeddings
+from sherl_pipe.stages.surgery import bare, without_embeddings
 from torch import Tensor, nn
 
 STD = 0.01  # of the initial down- and up-sampling weights
@@ -157,6 +157,35 @@ def t5_ladder(stack: Any, layers: Sequence[int], reduction: int) -> Ladder:
     side.block[0].layer[0].SelfAttention.relative_attention_bias.load_state_dict(table.state_dict())
     rate = frozen.dropout_rate
     return Ladder(side, "block", layers, frozen.d_model, config.d_model, before=rate, after=rate)
+
+
+def bart_ladder(stack: Any, layers: Sequence[int], reduction: int) -> Ladder:
+    """Side blocks for a stack of BART, started as BART itself is.
+
+    There are as many heads, each with its width divided by the reduction and rounded down. Learned
+    positions are in the embedding, which the ladder reads.
+
+    Args:
+        stack: the frozen `BartEncoder` or `BartDecoder`.
+        layers: numbers of the frozen blocks with a side block; at least one.
+        reduction: r.
+
+    Raises InputError for a reduction that leaves nothing.
+    """
+    frozen, config = stack.config, copy.deepcopy(stack.config)
+    kind = "decoder" if hasattr(stack.layers[0], "encoder_attn") else "encoder"
+    inner, heads = f"{kind}_ffn_dim", getattr(frozen, f"{kind}_attention_heads")
+    widths = {"d_model": frozen.d_model // heads, inner: getattr(frozen, inner)}
+    _divide(config, reduction, widths)
+    config.d_model *= heads
+    setattr(config, f"{kind}_layers", len(layers))
+    config.vocab_size = 1 + (config.pad_token_id or 0)  # of an embedding that is not kept
+    config.encoder_layerdrop = config.decoder_layerdrop = 0.0
+    side = type(stack)(config)
+    bare(side, FAMILIES["bart"])
+    side.dropout = 0.0  # the ladder's own is on the embedding
+    rate = frozen.dropout
+    return Ladder(side, "layers", layers, frozen.d_model, config.d_model, before=rate, after=rate)
 
 
 def encoder_ladder(backbone: Backbone, layers: Sequence[int], reduction: int) -> Ladder:

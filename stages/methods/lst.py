@@ -112,8 +112,8 @@ class Lst(Method):
         Raises InputError for a reduction that leaves nothing of some width, for an encoder that is
         to start from pruned weights, and for a family that the ladder does not fit.
         """
-        if spec.init in Lst.given and not backbone.family.seq2seq:
-            raise InputError(explain("init", expected="random for an encoder", found=spec.init))
+        if spec.init in Lst.given and backbone.family.lent is None:
+            raise InputError(explain("init", expected="random, but on T5", found=spec.init))
         _ = side_of(backbone)
         kind = LstSeq2Seq if backbone.family.seq2seq else LstEncoder
         return kind(backbone, spec).to(backbone.device)

@@ -1,4 +1,4 @@
-"""Ladder side-tuning on T5."""
+"""Ladder side-tuning on encoder-decoders."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of, stack_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
-from sherl_pipe.stages.methods.ladder import Ladder, layers_of, projection, t5_ladder
+from sherl_pipe.stages.methods.ladder import Ladder, bart_ladder, layers_of, projection, t5_ladder
 from sherl_pipe.stages.methods.live import two_memories
 from sherl_pipe.stages.methods.published import Names, Published, pair
 from sherl_pipe.stages.surgery import TapRecorder, share
@@ -19,10 +20,11 @@ STREAMS = ("encoder", "decoder")
 
 
 class LstSeq2Seq(WordRoute, Published):
-    """LST on T5 (SPEC 4): a ladder beside each stack, the decoder's attending to the encoder's.
+    """LST on T5 (SPEC 4), and on BART in the same way: a ladder beside each stack, the
+    decoder's attending to the encoder's.
 
     Args:
-        backbone: the frozen T5.
+        backbone: the frozen model.
         spec: `spec.taps["encoder"]` and `["decoder"]` are tap 0 and the outputs of the blocks that
             have a side block beside them.
     """
@@ -33,8 +35,9 @@ class LstSeq2Seq(WordRoute, Published):
         model: Any = backbone.model
 
         def ladder(stream: str) -> Ladder:
-            stack = model.get_submodule(stream)
-            return t5_ladder(stack, layers_of(spec, stream), spec.reduction)
+            stack = stack_of(model, backbone.family, stream)
+            make = t5_ladder if backbone.family.lent else bart_ladder
+            return make(stack, layers_of(spec, stream), spec.reduction)
 
         self.encoder, self.decoder = ladder("encoder"), ladder("decoder")
         self.upsample = projection(self.decoder.first.out_features, backbone.width)
@@ -61,16 +64,18 @@ class LstSeq2Seq(WordRoute, Published):
         return (self.upsample(out) * self.scale,)
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both ladders beside it; its weights are shared.
+        """The live model with both ladders beside it; its weights are shared.
 
         Keys and values of the side blocks are in the model's own KV cache, behind those of its
         blocks.
         """
         model: Any = share(backbone.model)
         width, taps = backbone.width, self.reads()
-        encoder_states = TapRecorder(model.encoder.block, taps["encoder"])
-        decoder_states = TapRecorder(model.decoder.block, taps["decoder"])
-        depth, rungs = len(model.decoder.block), len(self.decoder.layers)
+        family = backbone.family
+        blocks = blocks_of(model, family, "decoder")
+        encoder_states = TapRecorder(blocks_of(model, family, "encoder"), taps["encoder"])
+        decoder_states = TapRecorder(blocks, taps["decoder"])
+        depth, rungs = len(blocks), len(self.decoder.layers)
 
         def memory(mask: Tensor | None) -> Tensor:
             reduced = self.encoder.reduce_live(encoder_states.stacked(taps["encoder"]))
@@ -90,8 +95,8 @@ class LstSeq2Seq(WordRoute, Published):
             output.last_hidden_state = self.upsample(out)
             return output
 
-        two_memories(model, width, memory, depth)
-        model.decoder.register_forward_hook(climb, with_kwargs=True)
+        two_memories(model, family, width, memory, depth)
+        stack_of(model, family, "decoder").register_forward_hook(climb, with_kwargs=True)
         live: nn.Module = model
         return live
 

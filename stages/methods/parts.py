@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import norm_of
 from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +46,27 @@ def stacked_norm(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """K layer norms at once: `[K, n, h]` with a gain and a shift `[K, h]` each; epsilon 1e-5."""
     normed = F.layer_norm(values, values.shape[-1:], eps=1e-5)
     return normed * weight.unsqueeze(1) + bias.unsqueeze(1)
+
+
+class Affine(nn.Module):
+    """A gain and a shift for every feature, which change nothing at the start: `[..., d]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states * self.weight + self.bias
+
+
+def trained_norm(backbone: Backbone) -> nn.Module:
+    """The norm in front of an encoder-decoder's head, to be tuned: a copy of its final norm, or a
+    new one where blocks end with their own."""
+    if backbone.family.norm is None:
+        return nn.LayerNorm(backbone.width)
+    copied: nn.Module = trained_copy(norm_of(backbone.model, backbone.family, "decoder"))
+    return copied
 
 
 def trained_copy(frozen: nn.Module) -> Any:

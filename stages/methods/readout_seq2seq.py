@@ -1,4 +1,4 @@
-"""Baselines that read cached states as they are, on T5."""
+"""Baselines that read cached states as they are, on encoder-decoders."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of, norm_of, stack_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.late import decode_late
-from sherl_pipe.stages.methods.parts import trained_copy
+from sherl_pipe.stages.methods.parts import Affine, trained_copy
 from sherl_pipe.stages.methods.readout import TapWeights
 from sherl_pipe.stages.quantize import turn
-from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
+from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
@@ -23,14 +24,15 @@ class ReadoutSeq2Seq(WordRoute):
 
     A head of the words' rows behind a trained gain g tells two words apart by
     (w_1 - w_2) * g . x / |x|: a linear model of the decoder's state x, of which T5's own answer is
-    the start. It is still a language model, so it generates.
+    the start. It is still a language model, so it generates. Where blocks end with a norm of their
+    own (BART), a gain and a shift of every feature stand in front of the head instead.
 
     The state that leaves the last block is seldom cached. Where it is not, the frozen late blocks
     make it from the state that enters them; nothing in front of them is trained, so no gradient
     goes through them.
 
     Args:
-        backbone: the frozen T5.
+        backbone: the frozen model.
         spec: `spec.taps["decoder"]` are summed, together with what leaves the `spec.late` last
             blocks. `spec.last["decoder"]` is the tap that enters them, and `spec.taps["encoder"]`
             the encoder's top tap; neither is there for `late` 0.
@@ -40,9 +42,11 @@ class ReadoutSeq2Seq(WordRoute):
         super().__init__(backbone, spec)
         model: Any = backbone.model
         self.late = late_decoder(backbone, spec.late) if spec.late else None
-        self.memory_norm: nn.Module = share(model.encoder.final_layer_norm)
+        self.memory_norm: nn.Module = share(norm_of(model, backbone.family, "encoder"))
         self.mix = TapWeights(len(self._summed(backbone)))
-        self.norm = trained_copy(model.decoder.final_layer_norm)
+        norm = norm_of(model, backbone.family, "decoder")
+        plain = isinstance(norm, nn.Identity)
+        self.norm = Affine(backbone.width) if plain else trained_copy(norm)
 
     def _summed(self, backbone: Backbone) -> tuple[int, ...]:
         """Taps of the live decoder that are summed."""
@@ -100,16 +104,20 @@ class ReadoutSeq2Seq(WordRoute):
         ]
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with the sum in front of the trained norm; its weights are shared."""
+        """The live model with the sum in front of the trained norm; its weights are shared."""
         model: Any = share(backbone.model)
-        taps = self._summed(backbone)
-        states = TapRecorder(model.decoder.block, taps)
+        taps, family = self._summed(backbone), backbone.family
+        blocks = blocks_of(model, family, "decoder")
+        states = TapRecorder(blocks, taps)
 
         def mix(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             mixed = self.mix(states.stacked(taps))
+            if family.norm is None:
+                mixed = self.norm(mixed)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-        model.decoder.block[-1].register_forward_hook(mix)
-        model.decoder.final_layer_norm = self.norm
+        blocks[-1].register_forward_hook(mix)
+        if family.norm is not None:
+            replace_module(stack_of(model, family, "decoder"), family.norm, self.norm)
         live: nn.Module = model
         return live

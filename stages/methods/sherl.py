@@ -47,7 +47,11 @@ class SherlEncoder(PooledRoute):
             width, width // spec.reduction, len(taps), spec.variant or "", spec.init
         )
         self.late = late_encoder(backbone, spec.late)
-        self.head = nn.Linear(width, spec.outputs)
+        self.head = self.make_head(backbone)
+
+    def make_head(self, backbone: Backbone) -> Any:
+        """The head, a linear layer to be tuned."""
+        return nn.Linear(backbone.width, self.spec.outputs)
 
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """Consolidated states `[n, d]`."""
@@ -99,6 +103,7 @@ class Sherl(Method):
     usual: ClassVar[Mapping[str, Any]] = {"reduction": 4, "late": 1, "init": "residual"}
     inits = INITIALISATIONS
     dual = True
+    speaks = True
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
@@ -172,7 +177,12 @@ class Sherl(Method):
         """A fresh route; only its own parameters require gradients."""
         if backbone.family.towers:
             return DualRoute(backbone, spec, partial(_clip_side, spec.init)).to(backbone.device)
-        kind = SherlSeq2Seq if backbone.family.seq2seq else SherlEncoder
+        # It is made of what stands here.
+        from sherl_pipe.stages.methods.sherl_causal import SherlCausal
+
+        kind: type[SherlEncoder] | type[SherlSeq2Seq] = SherlSeq2Seq
+        if not backbone.family.seq2seq:
+            kind = SherlEncoder if spec.outputs else SherlCausal
         return kind(backbone, spec).to(backbone.device)
 
     @staticmethod

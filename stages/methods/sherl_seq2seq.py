@@ -1,4 +1,4 @@
-"""SHERL's route on T5."""
+"""SHERL's route on encoder-decoders."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of, norm_of, stack_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.live import enter_with, two_memories
-from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
+from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 
 
 class SherlSeq2Seq(WordRoute):
-    """SHERL on T5 (SPEC 3): both stacks consolidated, the last decoder blocks as late route.
+    """SHERL on T5 (SPEC 3), and on BART in the same way: both stacks consolidated, the last
+    decoder blocks as late route.
 
     Args:
-        backbone: the frozen T5.
+        backbone: the frozen model. Where blocks end with a norm of their own there is no side norm.
         spec: `spec.taps["encoder"]` and `["decoder"]` are the consolidated taps;
             `spec.last["decoder"]` is the tap that enters the first late block, listed or not.
     """
@@ -40,7 +42,10 @@ class SherlSeq2Seq(WordRoute):
                 width, width // spec.reduction, count, spec.variant or "", spec.init
             )
 
-        def side_norm(norm: Any) -> Any:
+        def side_norm(stream: str) -> Any:
+            norm: Any = norm_of(model, backbone.family, stream)
+            if isinstance(norm, nn.Identity):
+                return norm
             side = type(norm)(width, norm.variance_epsilon)
             if spec.init == "residual":
                 side.load_state_dict(norm.state_dict())
@@ -48,8 +53,8 @@ class SherlSeq2Seq(WordRoute):
 
         self.encoder = consolidation("encoder")
         self.decoder = consolidation("decoder")
-        self.encoder_norm = side_norm(model.encoder.final_layer_norm)
-        self.decoder_norm = side_norm(model.decoder.final_layer_norm)
+        self.encoder_norm = side_norm("encoder")
+        self.decoder_norm = side_norm("decoder")
         self.late = late_decoder(backbone, spec.late)
 
     def reads(self) -> dict[str, tuple[int, ...]]:
@@ -94,12 +99,14 @@ class SherlSeq2Seq(WordRoute):
         return state
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both consolidations hooked in; its weights are shared."""
+        """The live model with both consolidations hooked in; its weights are shared."""
         model: Any = share(backbone.model)
         encoder_taps, decoder_taps = self.reads()["encoder"], self.reads()["decoder"]
-        encoder_states = TapRecorder(model.encoder.block, encoder_taps)
-        decoder_states = TapRecorder(model.decoder.block, decoder_taps)
-        first_late = len(model.decoder.block) - self.spec.late
+        family = backbone.family
+        blocks = blocks_of(model, family, "decoder")
+        encoder_states = TapRecorder(blocks_of(model, family, "encoder"), encoder_taps)
+        decoder_states = TapRecorder(blocks, decoder_taps)
+        first_late = len(blocks) - self.spec.late
 
         def consolidate(stream: str, recorder: TapRecorder) -> Tensor:
             taps = self.spec.taps[stream]
@@ -112,9 +119,10 @@ class SherlSeq2Seq(WordRoute):
             side: Tensor = self.encoder_norm(consolidate("encoder", encoder_states))
             return side
 
-        two_memories(model, backbone.width, memory, first_late)
-        enter_with(model.decoder.block[first_late], lambda: consolidate("decoder", decoder_states))
-        model.decoder.final_layer_norm = self.decoder_norm
+        two_memories(model, family, backbone.width, memory, first_late)
+        enter_with(blocks[first_late], lambda: consolidate("decoder", decoder_states))
+        if family.norm is not None:
+            replace_module(stack_of(model, family, "decoder"), family.norm, self.decoder_norm)
         live: nn.Module = model
         return live
 

@@ -1,4 +1,4 @@
-"""UniPT's route on T5."""
+"""UniPT's route on encoder-decoders."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.families import blocks_of, stack_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.interaction import causal_interaction
 from sherl_pipe.stages.methods.live import inside, two_memories
-from sherl_pipe.stages.methods.parts import trained_copy
+from sherl_pipe.stages.methods.parts import trained_norm
 from sherl_pipe.stages.methods.unipt import VARIANTS, UniPT, reduce_packed
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 
 
 class UniptSeq2Seq(WordRoute):
-    """UniPT on T5, which the paper does not have.
+    """UniPT on T5 and BART, which the paper does not have.
 
     One UniPT over the encoder's taps gives a memory of the reduced width, behind a norm as every
     reduced tap is. Another over the decoder's taps looks through these, causally, and through that
     memory as one more target (see `causal_interaction`): no frozen block runs that could attend to
-    it. What it gives goes through a trained copy of the final norm to the frozen head.
+    it. What it gives goes through a trained copy of the final norm, or a new norm
+    where there is none (BART), to the frozen head.
 
     Args:
-        backbone: the frozen T5.
+        backbone: the frozen model.
         spec: `spec.taps["encoder"]` and `["decoder"]` are what is reduced; the last of each is its
             anchor.
     """
@@ -35,13 +37,12 @@ class UniptSeq2Seq(WordRoute):
     def __init__(self, backbone: Backbone, spec: RouteSpec) -> None:
         super().__init__(backbone, spec)
         self.late = None
-        model: Any = backbone.model
         width = backbone.width
         hidden, variant = width // spec.reduction, spec.variant or ""
         self.encoder = UniPT(width, hidden, len(spec.taps["encoder"]), hidden, variant)
         self.encoder_norm = nn.LayerNorm(hidden)
         self.decoder = UniPT(width, hidden, len(spec.taps["decoder"]), width, variant)
-        self.decoder_norm = trained_copy(model.decoder.final_layer_norm)
+        self.decoder_norm = trained_norm(backbone)
 
     def fuse(self, streams: Mapping[str, Packed], tree: PrefixTree | None = None) -> tuple[Tensor]:
         """States `[B, P, d]` for the head, P being the nodes of a tree if there is one.
@@ -78,15 +79,17 @@ class UniptSeq2Seq(WordRoute):
         return states
 
     def attach(self, backbone: Backbone) -> nn.Module:
-        """The live T5 with both UniPTs beside it; its weights are shared.
+        """The live model with both UniPTs beside it; its weights are shared.
 
         The reduced taps of earlier positions are in the model's own KV cache, behind its blocks'
         keys and values.
         """
         model: Any = share(backbone.model)
-        width, taps, depth = backbone.width, self.spec.taps, len(model.decoder.block)
-        encoder_states = TapRecorder(model.encoder.block, taps["encoder"])
-        decoder_states = TapRecorder(model.decoder.block, taps["decoder"])
+        width, taps, family = backbone.width, self.spec.taps, backbone.family
+        blocks = blocks_of(model, family, "decoder")
+        depth = len(blocks)
+        encoder_states = TapRecorder(blocks_of(model, family, "encoder"), taps["encoder"])
+        decoder_states = TapRecorder(blocks, taps["decoder"])
 
         def reduced(side: UniPT, stacked: Tensor) -> Tensor:
             return side.reduce(stacked.flatten(1, 2)).view(*stacked.shape[:3], -1)
@@ -106,8 +109,8 @@ class UniptSeq2Seq(WordRoute):
             output.last_hidden_state = self._states(rows, seen, side, mask)
             return output
 
-        two_memories(model, width, memory, depth)
-        model.decoder.register_forward_hook(look, with_kwargs=True)
+        two_memories(model, family, width, memory, depth)
+        stack_of(model, family, "decoder").register_forward_hook(look, with_kwargs=True)
         live: nn.Module = model
         return live
 
