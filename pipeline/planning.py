@@ -162,7 +162,7 @@ def require_space(ready: Prepared, bars: Bars) -> None:
         missing = cache.identity.missing(ready.identity)
         ready = replace(ready, identity=_whole(cache.identity, missing))
     dual = ready.tokenizer if isinstance(ready.tokenizer, DualReader) else None
-    if upper_bound(ready.sources, trees, ready.identity, dual and dual.size) <= free:
+    if upper_bound(ready.sources, trees, ready.identity, dual.size if dual else None) <= free:
         return
     if dual is not None:
         size = uncompressed_bytes(ready.sources, ready.templates, dual, ready.identity)
@@ -186,7 +186,7 @@ def require_space(ready: Prepared, bars: Bars) -> None:
     _require(need, free, ready.path)
 
 
-def _require(need: int, free: int, path: Path) -> None:
+def _require(need: int, free: int, path: Place) -> None:
     if need > free:
         raise StorageError(
             errno.ENOSPC,

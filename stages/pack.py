@@ -68,6 +68,8 @@ class Pack:
         keys = {pass_key(tuner.task, tuner.settings) for tuner in tuners}
         if len(keys) != 1 or any(t.task.backbone is not first.task.backbone for t in tuners):
             raise InputError("these tunings do not read the same taps of the same rows")
+        if team is not None and first.task.backbone.family.towers:
+            raise InputError("a pair is told from all others of its batch, which is not divided")
         self.tuners, self.halving, self.team = list(tuners), halving, team
         self._memory = PeakMemory(first.task.backbone.device)
         self.train, self._training = self._source(train=True)

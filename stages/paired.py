@@ -66,6 +66,10 @@ class PairSource:
         for part in self._parts:
             part.claim()
 
+    def part(self, rows: Ints, rank: int, size: int) -> Ints:
+        """As `FeatureSource.part`, by the images."""
+        return self._parts[0].part(rows, rank, size)
+
     def preload(self) -> None:
         """As `FeatureSource.preload`."""
         for part in self._parts:

@@ -76,7 +76,8 @@ def pairs_of(source: Source, text_columns: Sequence[str] = ()) -> Pairs:
         )
     # A file that several rows name is decoded once.
     files: dict[Path | bytes, Picture] = {}
-    texts, images = [], []
+    texts: list[Mapping[str, Any]] = []
+    images: list[Mapping[str, Any]] = []
     for number, row in enumerate(source.rows):
         picture: Picture = row[column]
         picture = files.setdefault(picture.content, picture)
@@ -93,7 +94,7 @@ def pairs_of(source: Source, text_columns: Sequence[str] = ()) -> Pairs:
 def _part(
     source: Source, rows: list[Mapping[str, Any]], columns: tuple[str, ...], stream: str
 ) -> Source:
-    return Source(source.task, source.role, rows, columns, None, source.origin, stream)
+    return Source(source.task, source.role, rows, columns, None, source.origin, stream=stream)
 
 
 def _usual_columns(source: Source, column: str) -> tuple[str, ...]:

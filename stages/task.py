@@ -94,7 +94,7 @@ class Task:
             (
                 each.role,
                 [identity.hex() for identity in each.ids],
-                [identity.hex() for identity in each.image_ids] or list(each.labels),
+                [*(identity.hex() for identity in each.image_ids)] or [*each.labels],
             )
             for each in (self.train, self.held_out)
         ]

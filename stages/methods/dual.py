@@ -137,7 +137,7 @@ class LiveDual(nn.Module):
         """
         from transformers.models.clip.modeling_clip import CLIPOutput
 
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             # Padding in front of the tokens does not move them.
