@@ -90,14 +90,11 @@ class Task:
     @property
     def rows(self) -> list[Any]:
         """Roles, ids and labels of its two tables, as JSON; of pairs the ids of their images."""
-        return [
-            (
-                each.role,
-                [identity.hex() for identity in each.ids],
-                [*(identity.hex() for identity in each.image_ids)] or [*each.labels],
-            )
-            for each in (self.train, self.held_out)
-        ]
+        found: list[Any] = []
+        for each in (self.train, self.held_out):
+            images = [identity.hex() for identity in each.image_ids]
+            found.append((each.role, [i.hex() for i in each.ids], images or list(each.labels)))
+        return found
 
     @cached_property
     def key(self) -> str:
