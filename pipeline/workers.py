@@ -23,6 +23,8 @@ from sherl_pipe.pipeline.crew import WorkerDiedError
 try:
     # Read when Ray is imported: nobody who extracts features asked to be counted.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Starting takes seconds; on a machine that is busy with other things, many.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     import ray
 except ImportError as error:
     raise InputError(
@@ -130,7 +132,7 @@ def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> No
         ray.init(**arguments)
     except SystemExit:
         ended = True  # by Ray's own handler of SIGTERM, which came meanwhile
-    except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises plain ones where a start fails
         ray.shutdown()  # of what had been started by then
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
