@@ -23,8 +23,6 @@ from sherl_pipe.pipeline.crew import WorkerDiedError
 try:
     # Read when Ray is imported: nobody who extracts features asked to be counted.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Starting takes seconds; on a machine that is busy with other things, many.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     import ray
 except ImportError as error:
     raise InputError(
@@ -37,6 +35,8 @@ except ImportError as error:
 OBJECT_STORE_BYTES = 100 << 20
 # Ray itself waits for minutes at an address where nobody answers.
 PROBE_SECONDS = 5.0
+# Ray gives up a start after 30 s, which a machine that is busy with other things may need.
+START_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class _WithoutRay:
         return getattr(self._out, name)
 
 
-def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> None:
+def _start(
+    address: str | None, cpus: int | None, object_store_bytes: int, tries: int = START_TRIES
+) -> None:
     """Join or start a cluster as `connect` says."""
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
@@ -134,6 +136,9 @@ def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> No
         ended = True  # by Ray's own handler of SIGTERM, which came meanwhile
     except Exception as error:  # noqa: BLE001 - Ray raises plain ones where a start fails
         ray.shutdown()  # of what had been started by then
+        if address is None and tries > 1:
+            _start(address, cpus, object_store_bytes, tries - 1)
+            return
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
             f"no Ray cluster {where} ({' '.join(str(error).split())[:200]}). "
