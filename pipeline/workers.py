@@ -35,6 +35,8 @@ except ImportError as error:
 OBJECT_STORE_BYTES = 100 << 20
 # Ray itself waits for minutes at an address where nobody answers.
 PROBE_SECONDS = 5.0
+# Ray gives up a start after 30 s, which a machine that is busy with other things may need.
+START_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class _WithoutRay:
         return getattr(self._out, name)
 
 
-def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> None:
+def _start(
+    address: str | None, cpus: int | None, object_store_bytes: int, tries: int = START_TRIES
+) -> None:
     """Join or start a cluster as `connect` says."""
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
@@ -130,8 +134,11 @@ def _start(address: str | None, cpus: int | None, object_store_bytes: int) -> No
         ray.init(**arguments)
     except SystemExit:
         ended = True  # by Ray's own handler of SIGTERM, which came meanwhile
-    except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises plain ones where a start fails
         ray.shutdown()  # of what had been started by then
+        if address is None and tries > 1:
+            _start(address, cpus, object_store_bytes, tries - 1)
+            return
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
             f"no Ray cluster {where} ({' '.join(str(error).split())[:200]}). "
