@@ -106,7 +106,9 @@ def test_never_more_than_the_limit(tmp_path: Path) -> None:
         thread.join()
     stop.set()
     watcher.join()
-    assert 10_000 < most[0] <= 20_000
+    # While the watcher adds up, a file of each reader may come for one that it has counted.
+    assert 10_000 < most[0] <= 20_000 + 4 * len(content(39, 500 + 37 * 39))
+    assert sum(files_there()) <= 20_000
     assert not [name for name in files(tmp_path) if name.startswith(".partial")]
 
 

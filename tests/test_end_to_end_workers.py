@@ -81,6 +81,7 @@ def assert_same(path: Path, reference: Path) -> None:
     assert cache.verify() == [] and cache.incomplete == {}
 
 
+@pytest.mark.slow
 def test_two_workers_one_of_which_dies_in_a_commit(
     tmp_path: Path, t5: tuple[list[Any], Path], cluster: None
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from cli_tools import done, refused, sherl, snapshot, write_rows
 from model_tools import labels_of, save_model, sentences, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache, StreamWriter
+from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline import planning
 from sherl_pipe.stages import quantize
 
@@ -219,7 +220,7 @@ def test_room_for_an_addition(
     train = Amount("colour/train", "hidden", 30, 300, 400, 1, 3000)
     assert planning._left(begun, train) == 0
     assert planning._left(begun, train, 4) == pytest.approx((1 + planning.FIRST_TAP) / 4)
-    monkeypatch.setattr(planning.LocalStore, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 10)
     options = ("--model", models["bert"], "--data", data, "--cache", cache)
     refused(7, "the extraction needs about", argv=("extract", *options, "--taps", "1"))
     assert not (cache / "_taps").exists()

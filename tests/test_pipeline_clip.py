@@ -38,6 +38,7 @@ def tune_options(folder: Path, out: Path) -> tuple[object, ...]:
     return "tune", "--cache", folder / "cache", "--lr", 0.01, "--epochs", 32, "--out", out
 
 
+@pytest.mark.slow
 def test_from_pairs_to_ranked_images(world: Path, tmp_path: Path) -> None:
     streams = done("inspect", "--cache", world / "cache", "--json").json["splits"]["shapes/train"]
     assert streams["streams"]["image"]["examples"] == 72  # each once, of 144 pairs

@@ -219,7 +219,7 @@ def test_a_family_without_side_blocks_is_told_those_that_have_some(
     backbone = load_backbone(save_model(tmp_path, "bert"))
     backbone.family = replace(backbone.family, side=None)
     monkeypatch.setitem(FAMILIES, "bert", backbone.family)
-    with pytest.raises(InputError, match=r"one of deberta-v2, deit, .*, found bert"):
+    with pytest.raises(InputError, match=r"one of bart, deberta-v2, deit, .*, found bert"):
         encoder_ladder(backbone, [0, 1], 3)
 
 

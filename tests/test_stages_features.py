@@ -128,9 +128,9 @@ def test_what_stays_is_read_once(world: World, monkeypatch: pytest.MonkeyPatch) 
     reads: list[tuple[str, str, int]] = []
     read_shard = Stream.read_shard
 
-    def note(stream: Stream, shard: int, *rest: Any) -> Any:
+    def note(stream: Stream, shard: int, *rest: Any, **how: Any) -> Any:
         reads.append((stream.split, stream.name, shard))
-        return read_shard(stream, shard, *rest)
+        return read_shard(stream, shard, *rest, **how)
 
     monkeypatch.setattr(Stream, "read_shard", note)
     source = sources(world, residency="host")

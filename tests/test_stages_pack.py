@@ -94,9 +94,9 @@ def test_every_shard_is_read_once_an_epoch(
     read: Counter[tuple[str, int]] = Counter()
     original = Stream.read_shard
 
-    def count(stream: Stream, shard: int, *rest: Any) -> Any:
+    def count(stream: Stream, shard: int, *rest: Any, **how: Any) -> Any:
         read[stream.base, shard] += 1
-        return original(stream, shard, *rest)
+        return original(stream, shard, *rest, **how)
 
     def stop(*_: Any) -> None:
         raise Stopped

@@ -162,6 +162,7 @@ def rule(folder: Path, train: int = 600, validation: int = 100) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_rule_is_learned_from_the_command_line(tmp_path: Path) -> None:
     """Extract, tune, predict; new targets for the same texts leave the encoder's features alone."""
     data, cache = rule(tmp_path / "data"), tmp_path / "cache"
