@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,7 +141,10 @@ def test_errors_are_those_of_one_process(tmp_path: Path, cluster: None) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     argv = ["extract", *options, "--cache"]
     alone = refused(9, "tap 0, 1, 2, 3, 4", argv=(*argv, tmp_path / "a"))
-    assert refused(9, argv=(*argv, tmp_path / "b", "--workers", 2)) == alone
+    shared = refused(9, argv=(*argv, tmp_path / "b", "--workers", 2))
+    # Of two shards with such values either may be the first to be computed.
+    changing = r"shard \d+|of \d+ examples: [0-9a-f, ]+"
+    assert re.sub(changing, "", shared) == re.sub(changing, "", alone)
     with hired(refusing()):
         text = refused(7, argv=(*argv, tmp_path / "c", "--workers", 2))
     assert text == "error: colour/train: No space left on device (5 bytes needed).\n"
@@ -218,7 +222,7 @@ def test_a_stopped_run_leaves_nothing_running_and_is_gone_on_with(
     assert process.returncode == code, message
     if number != signal.SIGKILL:
         assert took < 5 * busy()
-        assert message.count("\n") == 1 and "run the same command again" in message
+        assert message.strip().count("\n") == 0 and "run the same command again" in message
     assert_gone(family)
     if number != signal.SIGKILL:
         done("extract", *options, "--cache", path)
@@ -242,7 +246,7 @@ def test_a_machine_is_lost(tmp_path: Path, bert: tuple[list[Any], Path]) -> None
     import ray
     from ray.cluster_utils import Cluster
 
-    assert not ray.is_initialized()
+    ray.shutdown()  # that of the tests before
     options, reference = bert
     path = tmp_path / "cache"
     size = {"object_store_memory": 80 << 20, "include_dashboard": False}

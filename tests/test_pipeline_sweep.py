@@ -192,7 +192,7 @@ def test_workers_end_where_one_process_ends_though_one_is_killed() -> None:
     done("sweep", "sweep.yaml")
     file = config_file(tune=many | {"out": "two", "workers": 2})
     process = command("sweep", file, "--json")
-    assert killing(process, lambda: any(Path("two").rglob("adapter.safetensors"))) == 1
+    assert killing(process, lambda: Path("two").exists()) == 1
     rows = ends(process)
     assert {row["status"] for row in rows} == {"finished"}
     assert adapters("two") == adapters("one")
