@@ -159,7 +159,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
             line = " ".join(child.cmdline())
         except psutil.Error:
             continue
-        if "ray::" in line and ("_trial" in line or "RayTrainWorker" in line):
+        if "ray::" in line and ("ImplicitFunc" in line or "RayTrainWorker" in line):
             found.append(child)
     return found
 
