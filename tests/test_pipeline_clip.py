@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cli_tools import done, refused, sherl, snapshot, write_rows
 from clip_tools import save_clip, write_pairs
-from sherl_pipe.pipeline import planning
+from sherl_pipe.cache.store import LocalStore
 
 CHANCE = 100 / 12  # that one of twelve held-out images is the right one
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused(world: Path, tmp_path: Path) -> None:
     extract = ("extract", *extract_options(world, **new))
     refused(3, "label column: expected none", argv=(*extract, "--label-column", "caption"))
     refused(3, "template: expected", argv=(*extract, "--template", "task"))
-    refused(3, "caption columns", argv=(*extract, "--text-column", "title"))
+    refused(3, "columns: expected", argv=(*extract, "--text-column", "title"))
     refused(3, "plan: expected", argv=("plan", *extract_options(world, **new)))
     refused(3, "data: expected images", argv=("extract", "--model", world / "clip"))
     refused(3, "taps of the text", "expected 0 to 3", argv=(*extract, "--taps", "0,4"))
@@ -162,7 +162,7 @@ def test_a_full_disk_is_foreseen(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"bytes": 10_000}
-    monkeypatch.setattr(planning.LocalStore, "free_bytes", lambda _: free["bytes"])
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda _: free["bytes"])
     extract = ("extract", *extract_options(world, cache=tmp_path / "cache"))
     refused(7, "the extraction needs about", argv=extract)
     # Between what is needed without compression and the bound that is tried first.
