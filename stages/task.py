@@ -92,8 +92,8 @@ class Task:
         """Roles, ids and labels of its two tables, as JSON; of pairs the ids of their images."""
         found: list[Any] = []
         for each in (self.train, self.held_out):
-            images = [identity.hex() for identity in each.image_ids]
-            found.append((each.role, [i.hex() for i in each.ids], images or list(each.labels)))
+            labels: list[Any] = [identity.hex() for identity in each.image_ids] or [*each.labels]
+            found.append((each.role, [identity.hex() for identity in each.ids], labels))
         return found
 
     @cached_property
