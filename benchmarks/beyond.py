@@ -199,7 +199,8 @@ def matching(records: Iterable[Record], variant: str, task: str) -> list[Record]
 def chosen_rate(records: Iterable[Record], variant: str, task: str) -> float:
     """The rate that was best on the held-out rows; the lower one of equals."""
     found = {r["lr"]: r["held_out"] for r in matching(records, variant, task) if not r["seed"]}
-    return max(sorted(found), key=lambda rate: found[rate])
+    best: float = max(sorted(found), key=lambda rate: found[rate])
+    return best
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -216,7 +217,8 @@ def table(arguments: argparse.Namespace) -> None:
     records = read_records(arguments.results)
     rows = []
     for variant in arguments.variants:
-        cells, by_seed = [], {seed: [] for seed in SEEDS}  # type: dict[int, list[float]]
+        cells: list[str] = []
+        by_seed: dict[int, list[float]] = {seed: [] for seed in SEEDS}
         for task in arguments.tasks:
             found = matching(records, variant, task)
             rate = chosen_rate(found, variant, task) if found else None

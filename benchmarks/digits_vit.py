@@ -140,7 +140,7 @@ def train(
         for rows in torch.from_numpy(rng.permutation(len(labels))).split(BATCH_SIZE):
             loss = functional.cross_entropy(model(pixels[rows]), labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

@@ -30,10 +30,11 @@ from sherl_pipe.cache.layout import assign, shard_capacity
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.opening import Prepared, prepare
 from sherl_pipe.stages.extract import Extractor, inputs_of, pad_id
+from sherl_pipe.stages.inputs import read_inputs
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.passes import token_batches
 from sherl_pipe.stages.surgery import cut_after
-from sherl_pipe.stages.tokens import Tokens, tokenize
+from sherl_pipe.stages.tokens import Tokens
 
 from records import markdown
 from t5_rows import REPOSITORY, Bench
@@ -69,12 +70,12 @@ def texts(data: Path, folder: Path, rows: int) -> Path:
 
 def extraction(ready: Prepared) -> float:
     """Seconds from tokens to a finished stream on the disk; tokenising does not count."""
-    with tempfile.TemporaryDirectory(dir=ready.path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=str(ready.path.parent)) as folder:
         (source,) = ready.sources
         with CacheWriter.open(Path(folder) / "cache", ready.identity) as writer:
             extractor = Extractor(writer, ready.backbone, ready.tokenizer)
             begun = time.perf_counter()
-            extractor.split(source, ready.templates[source.name], {})
+            extractor.split(source, ready.templates[source.key], {})
             return time.perf_counter() - begun
 
 
@@ -86,8 +87,9 @@ class Bare:
         backbone, stream = ready.backbone, ready.backbone.family.main
         spec = ready.identity.streams[stream]
         begun = time.perf_counter()
-        rendered = inputs_of(source, ready.templates[source.name], {}).texts.values()
-        self._tokens: Tokens = tokenize(ready.tokenizer, list(rendered), ready.identity.max_length)
+        rendered = inputs_of(source, ready.templates[source.key], {}).texts.values()
+        length = ready.identity.max_length
+        self._tokens: Tokens = read_inputs(ready.tokenizer, list(rendered), length)
         self.tokenising = time.perf_counter() - begun
         shard_bytes = ready.config.extract.shard_mib << 20
         capacity = shard_capacity(spec, ready.identity.codec, shard_bytes)

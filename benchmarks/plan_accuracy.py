@@ -56,7 +56,7 @@ def extracted(config: RunConfig) -> tuple[int, float]:
     begun = time.perf_counter()
     steps.run_extract(config, QUIET)
     seconds = time.perf_counter() - begun - sum(loading)
-    files = (file for file in config.cache_path.rglob("*") if file.is_file())
+    files = (file for file in Path(str(config.cache_path)).rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files), seconds
 
 

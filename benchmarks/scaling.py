@@ -125,7 +125,7 @@ def turn(data: Path, count: int) -> Turn:
                 if isinstance(extractor, CrewExtractor):
                     extractor.crew = watched = Watched(extractor.crew)
                 (source,) = ready.sources
-                report = extractor.split(source, ready.templates[source.name], {})
+                (report,) = extractor.split(source, ready.templates[source.key], {})
             seconds = time.perf_counter() - begun
     if watched is None:
         return Turn(seconds, report.rows / seconds, 0.0)
