@@ -134,6 +134,7 @@ def test_finished_tunings_stay_finished(tmp_path: Path, models: dict[str, str]) 
 
 
 @pytest.mark.parametrize("family", ["bert", "t5-gated"])
+@pytest.mark.slow
 def test_an_interrupted_addition(
     tmp_path: Path, models: dict[str, str], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

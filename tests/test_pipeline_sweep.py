@@ -92,6 +92,7 @@ def test_what_is_no_sweep_is_refused(sweep: dict[str, Any], said: str) -> None:
         variants(make_config({"sweep": sweep}, "test"))
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_where_tune_ends_and_is_not_done_again() -> None:
     rows = done("sweep", config_file(**tune_with(out="swept")), "--json").json
     assert len(rows) == 2 * 2 and {row["status"] for row in rows} == {"finished"}
@@ -109,6 +110,7 @@ def test_a_sweep_ends_where_tune_ends_and_is_not_done_again() -> None:
     assert snapshot(Path("swept"), "adapter") == before
 
 
+@pytest.mark.slow
 def test_early_stopping_changes_no_tuning_that_goes_on() -> None:
     halved = {"sweep": GRID | {"stop": {"grace": 1, "factor": 2}}}
     longer = TUNE | {"epochs": 4}
