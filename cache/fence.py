@@ -12,7 +12,6 @@ would write, byte for byte.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import secrets
@@ -21,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sherl_pipe.cache.errors import InputError, LockedError, StorageError, UnsafeError
+from sherl_pipe.cache.errors import InputError, LockedError
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.store import needs
+from sherl_pipe.cache.store import needs, storage_errors
 from sherl_pipe.cache.stores import open_store
 
 FENCE_NAME = "_fence"
@@ -40,7 +39,7 @@ def admit(place: Place) -> str:
     """
     token = secrets.token_hex(8)
     if isinstance(place, Path):
-        _write(place / FENCE_NAME, token)
+        _write(_open(place / FENCE_NAME, os.O_RDWR | os.O_CREAT), place, token)
     else:
         open_store(place).replace(FENCE_NAME, token.encode())
     return token
@@ -53,9 +52,11 @@ def shut(place: Place) -> None:
         if store.exists(FENCE_NAME):
             store.replace(FENCE_NAME, b"")
         return
-    path = place / FENCE_NAME
-    if path.is_symlink() or path.exists():
-        _write(path, "")
+    try:
+        handle = _open(place / FENCE_NAME, os.O_RDWR)
+    except FileNotFoundError:
+        return  # no run had workers yet
+    _write(handle, place, "")
 
 
 @contextmanager
@@ -94,26 +95,19 @@ def _check(place: Place, found: str, token: str) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    try:
+    with storage_errors(path):
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UnsafeError(f"{path} is a symbolic link. Remove the link.") from error
-        raise StorageError(
-            error.errno, f"{path}: {os.strerror(error.errno or 0)}. Free space or fix permissions."
-        ) from error
 
 
-def _write(path: Path, token: str) -> None:
+def _write(handle: int, folder: Path, token: str) -> None:
     """Change the token once no commit is under way."""
-    with os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+", encoding="ascii") as file:
+    path = folder / FENCE_NAME
+    with storage_errors(path), os.fdopen(handle, "r+", encoding="ascii") as file:
         end = time.monotonic() + WAIT_SECONDS
         while not _locked(file.fileno(), path):
             if time.monotonic() > end:
                 raise LockedError(
-                    f"{path.parent} is still being written by a worker of an earlier run, for "
+                    f"{folder} is still being written by a worker of an earlier run, for "
                     f"{WAIT_SECONDS:.0f} s now. End it, or wait, then run the same command again."
                 )
             time.sleep(_POLL_SECONDS)

@@ -42,7 +42,7 @@ def needs(feature: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
+def storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn an OSError into a StorageError that names the path and the bytes needed."""
     try:
         yield
@@ -76,7 +76,7 @@ def _refuse_link(folder: Path) -> None:
 def _unlisted(error: OSError) -> None:
     """A folder that is not there holds nothing; of any other that is not known."""
     if not isinstance(error, FileNotFoundError):
-        with _storage_errors(Path(error.filename)):
+        with storage_errors(Path(error.filename)):
             raise error
 
 
@@ -113,7 +113,7 @@ class LocalStore:
         Raises FileNotFoundError, UnsafeError, StorageError.
         """
         path = self.path(key)
-        with _storage_errors(path):
+        with storage_errors(path):
             self._no_links(path)
             # Opening a pipe would wait for ever for whoever writes to it.
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -129,13 +129,13 @@ class LocalStore:
     def exists(self, key: str) -> bool:
         """Whether `key` is there; a link counts, so that whoever reads it then refuses it."""
         path = self.path(key)
-        with _storage_errors(path):
+        with storage_errors(path):
             return path.is_symlink() or path.is_file()
 
     def size(self, key: str) -> int | None:
         """Bytes of `key`; None where it is not there. Raises UnsafeError, StorageError."""
         path = self.path(key)
-        with _storage_errors(path):
+        with storage_errors(path):
             self._no_links(path)
             try:
                 found = path.lstat()
@@ -163,12 +163,12 @@ class LocalStore:
 
     def _put(self, key: str, data: bytes, *, exclusive: bool) -> None:
         path = self.path(key)
-        with _storage_errors(path, len(data)):
+        with storage_errors(path, len(data)):
             self._no_links(path)
             self._make_folder(path.parent)
         temporary = path.parent / f"{PARTIAL}{os.getpid()}-{path.name}"
         try:
-            with _storage_errors(path, len(data)):
+            with storage_errors(path, len(data)):
                 self._write_synced(temporary, data)
                 if exclusive:
                     with needs("hard links", path):
@@ -220,14 +220,14 @@ class LocalStore:
     def delete(self, key: str) -> None:
         """Remove `key` if it is there."""
         path = self.path(key)
-        with _storage_errors(path):
+        with storage_errors(path):
             self._no_links(path)
             path.unlink(missing_ok=True)
 
     def delete_folder(self, key: str) -> None:
         """Remove the empty folder `key` if it is there."""
         path = self.path(key)
-        with _storage_errors(path):
+        with storage_errors(path):
             self._no_links(path)
             if path.is_dir():
                 path.rmdir()
@@ -242,7 +242,7 @@ class LocalStore:
         for folder, folders, files in os.walk(top, onerror=_unlisted):
             folders.sort()
             for name in folders:
-                with _storage_errors(Path(folder)):
+                with storage_errors(Path(folder)):
                     _refuse_link(Path(folder) / name)
             for name in sorted(files):
                 yield (Path(folder) / name).relative_to(self.root).as_posix()
@@ -261,7 +261,7 @@ class LocalStore:
     def free_bytes(self) -> int:
         """Free space where the cache is, or where it will be. Raises StorageError."""
         folder = self.root
-        with _storage_errors(self.root):
+        with storage_errors(self.root):
             while not folder.exists():
                 folder = folder.parent
             return shutil.disk_usage(folder).free

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from cache_tools import encode, identity, ids_of, values_of
 from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable, TaskSpec, errors
+from sherl_pipe.cache.fence import FENCE_NAME, admit, committing, shut
 from sherl_pipe.cache.layout import assign
 
 TRAIN, HIDDEN = "sst2/train", "sst2/train/hidden"
@@ -234,6 +235,22 @@ def test_storage_refuses(tmp_path: Path, whole: Path, lasting: bool, step: int) 
         assert_resumes(path, whole)
         shutil.rmtree(path)
     assert point > 600
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_storage_refuses_to_change_who_may_commit(tmp_path: Path, code: int) -> None:
+    for change, count in ((admit, 4), (shut, 4)):
+        for point in itertools.count():
+            try:
+                with operations(at(point, partial(refuse, code, tmp_path))):
+                    change(tmp_path)
+            except errors.StorageError as error:
+                assert error.errno == code and FENCE_NAME in error.args[1]
+            else:
+                break
+        assert point >= count
+    with pytest.raises(errors.LockedError), committing(tmp_path, "any"):
+        pass
 
 
 FILES = [f"{HIDDEN}/{name}" for name in ("values/c/0/0/0", "scales/c/0/1/0", "ids/c/0/0")]
