@@ -21,8 +21,8 @@ $(VENV)/.bench: $(VENV)/.installed
 demo: $(VENV)/.installed  ## one extraction, four tasks, one table
 	$(BIN)/sherl-pipe run pipeline.yaml
 
-test: $(VENV)/.installed  ## the fast tests
-	$(BIN)/pytest
+test: $(VENV)/.installed  ## the fast tests, a file at a time on each of several processors
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## the slow ones
 	$(BIN)/pytest -m slow

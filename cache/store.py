@@ -15,7 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sherl_pipe.cache.errors import CorruptCacheError, StorageError, UnsafeError, explain
+from sherl_pipe.cache.errors import (
+    CorruptCacheError,
+    SherlPipeError,
+    StorageError,
+    UnsafeError,
+    explain,
+)
 from sherl_pipe.cache.record import FileRecord
 
 PARTIAL = ".partial-"
@@ -46,7 +52,7 @@ def storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Turn an OSError into a StorageError that names the path and the bytes needed."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, StorageError):
+    except (FileNotFoundError, FileExistsError, SherlPipeError):
         raise
     except OSError as error:
         if error.errno == errno.ELOOP:
