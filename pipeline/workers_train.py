@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +21,15 @@ from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.opening import pick_device
 from sherl_pipe.pipeline.passes import outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Work
-from sherl_pipe.pipeline.workers import Share, connect, share
-from sherl_pipe.pipeline.workers_tune import describe, error_of, error_text, job_of, opened
-from sherl_pipe.stages.commons import clear_all
+from sherl_pipe.pipeline.workers import Share
+from sherl_pipe.pipeline.workers_tune import (
+    describe,
+    engaged,
+    error_of,
+    error_text,
+    job_of,
+    opened,
+)
 from sherl_pipe.stages.team import Team
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -46,20 +51,10 @@ def train_together(work: Work, bars: Bars) -> Sequence[Ended]:
     Returns what its tunings came to; a WorkerError for each where workers were lost too often.
     Raises what training raises; InputError, WorkerError without a cluster that fits.
     """
-    config = work.config
-    wanted = config.tune.workers if isinstance(config.tune.workers, int) else None
-    notes = config.tune.out.resolve() / NOTES
-    shutil.rmtree(notes, ignore_errors=True)
-    try:
-        with connect(config.ray_address, cpus=wanted) as nodes:
-            each = share(nodes, wanted, config.device)
-            say(f"{each.workers} workers of {each.cpus} processors share every batch")
-            _fit(work, each, notes)
+    with engaged(work.config, NOTES) as (each, notes):
+        say(f"{each.workers} workers of {each.cpus} processors share every batch")
+        _fit(work, each, notes)
         return _outcomes(work, notes)
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
-        # Workers are ended, and have not tidied up.
-        clear_all(patience=5.0)
 
 
 def _fit(work: Work, each: Share, notes: Path) -> None:

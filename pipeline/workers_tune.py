@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,25 @@ def train_apart(work: Work, bars: Bars, ended: Callable[[Job, Sequence[Ended]], 
     Raises what training raises, after all passes have ended; InputError, WorkerError without a
     cluster that fits.
     """
-    config = work.config
+    with engaged(work.config, NOTES) as (each, notes):
+        say(f"{len(work.jobs)} passes over {each.workers} workers of {each.cpus} processors")
+        _run(work, each, notes, bars, ended)
+
+
+@contextmanager
+def engaged(config: RunConfig, name: str) -> Iterator[tuple[Share, Path]]:
+    """A cluster divided among the workers that are asked for, and an empty folder called `name` for
+    Ray's own notes, beside the adapters. Both end with the block, and what workers have left in
+    this host's memory.
+
+    Raises InputError, WorkerError without a cluster that fits.
+    """
     wanted = config.tune.workers if isinstance(config.tune.workers, int) else None
-    notes = config.tune.out.resolve() / NOTES
+    notes = config.tune.out.resolve() / name
     shutil.rmtree(notes, ignore_errors=True)
     try:
         with connect(config.ray_address, cpus=wanted) as nodes:
-            each = share(nodes, wanted, config.device)
-            say(f"{len(work.jobs)} passes over {each.workers} workers of {each.cpus} processors")
-            _run(work, each, notes, bars, ended)
+            yield share(nodes, wanted, config.device), notes
     finally:
         shutil.rmtree(notes, ignore_errors=True)
         # Workers are ended, and have not tidied up.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # Penalties that are tried, per row; one row in so many decides between them.
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 8
 # More rows hardly move a linear model.
 MOST_ROWS = 20_000

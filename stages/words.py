@@ -260,12 +260,19 @@ class WordHead(nn.Module):
         raise RuntimeError(f"of the head only {len(self._places)} rows were loaded")
 
 
-def head_rows(head: Any, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Weight `[V, d]` and bias `[V]` of an output head for V tokens."""
+def word_logits(head: Any, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+    """What an output head gives `[..., d]`: `[..., V]`, V being the vocabulary, or `tokens` of it.
+
+    Of a `WordHead` tokens have to be given.
+    """
+    if tokens is None:
+        whole: Tensor = head(hidden)
+        return whole
     if isinstance(head, WordHead):
-        return head.rows(tokens), None
+        return functional.linear(hidden, head.rows(tokens))
     places = list(tokens)
-    return head.weight[places], None if head.bias is None else head.bias[places]
+    bias = None if head.bias is None else head.bias[places]
+    return functional.linear(hidden, head.weight[places], bias)
 
 
 def tokens_of(words: Iterable[str], tokenizer: Any) -> list[int]:

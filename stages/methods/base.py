@@ -15,9 +15,8 @@ from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.surgery import share
 from sherl_pipe.stages.taps import LackingTapsError
-from sherl_pipe.stages.words import PrefixTree, head_rows
+from sherl_pipe.stages.words import PrefixTree, word_logits
 from torch import Tensor, nn
-from torch.nn import functional
 
 POOLS = ("mean", "first", "last")
 
@@ -173,12 +172,10 @@ class WordRoute(Route):
 
     def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """`[B, P, V]` of `[B, P, d]`; V is the vocabulary, or `tokens` of it."""
-        if tokens is None:
-            whole: Tensor = self.lm_head(hidden)
-            return whole if self.bias is None else whole + self.bias
-        weight, bias = head_rows(self.lm_head, tokens)
-        some = functional.linear(hidden, weight, bias)
-        return some if self.bias is None else some + self.bias[list(tokens)]
+        found = word_logits(self.lm_head, hidden, tokens)
+        if self.bias is None:
+            return found
+        return found + (self.bias if tokens is None else self.bias[list(tokens)])
 
 
 class Method(ABC):

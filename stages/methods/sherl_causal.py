@@ -12,9 +12,8 @@ from sherl_pipe.stages.methods.late import encode_late
 from sherl_pipe.stages.methods.sherl import SherlEncoder
 from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.surgery import share
-from sherl_pipe.stages.words import PrefixTree, head_rows
+from sherl_pipe.stages.words import PrefixTree, word_logits
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class SherlCausal(SherlEncoder):
@@ -60,10 +59,7 @@ class SherlCausal(SherlEncoder):
 
     def logits(self, hidden: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """`[..., V]` of `[..., d]`; V is the vocabulary, or `tokens` of it."""
-        if tokens is None:
-            whole: Tensor = self.head(hidden)
-            return whole
-        return functional.linear(hidden, *head_rows(self.head, tokens))
+        return word_logits(self.head, hidden, tokens)
 
 
 def continued(prompt: Packed, target: Packed) -> Packed:
@@ -74,9 +70,8 @@ def continued(prompt: Packed, target: Packed) -> Packed:
         one, other, group = turn(one, prompt.group), turn(other, target.group), 0
     device = prompt.lengths.device
     owners = torch.arange(len(prompt.lengths), device=device)
-    owner = torch.cat([owners.repeat_interleave(prompt.lengths),
-                       owners.repeat_interleave(target.lengths)])  # fmt: skip
-    order = owner.argsort(stable=True)
+    lengths = torch.stack([prompt.lengths, target.lengths]).flatten()
+    order = owners.repeat(2).repeat_interleave(lengths).argsort(stable=True)
     return Packed(torch.cat([one, other], 1)[:, order], prompt.lengths + target.lengths, group)
 
 
