@@ -45,8 +45,10 @@ WORK = Path(__file__).resolve().parent.parent / "build" / "digits_vit"
 TRAIN, HELD_OUT = 1200, 240
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
+PUBLISHED = "sherl --preset paper"
 RATES = {
     "sherl": (1e-3, 3e-3, 1e-2),
+    PUBLISHED: (1e-2, 3e-2, 1e-1),
     "lst": (3e-3, 6e-3, 1.2e-2),
     "dtl": (1e-2, 3e-2, 1e-1),
     "dtl+": (1e-2, 3e-2, 1e-1),
@@ -260,7 +262,7 @@ def extract(model: Path, data: Path, cache: Path, files: Sequence[Path]) -> floa
 
 def tuned(cache: Path, out: Path, method: str, epochs: int) -> dict[str, Any]:
     """A method from the cache: the rate of the held-out slice, then three seeds."""
-    fixed = ["tune", "--cache", str(cache), "--out", str(out), "--method", method]
+    fixed = ["tune", "--cache", str(cache), "--out", str(out), "--method", *method.split()]
     fixed += ["--epochs", str(epochs), "--batch-size", str(BATCH_SIZE), "--json"]
     rates = [part for lr in RATES[method] for part in ("--lr", str(lr))]
     tried = json.loads(sherl_pipe([*fixed, "--task", "slice", *rates]))

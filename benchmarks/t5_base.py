@@ -2,11 +2,12 @@
 
 T5-base has random weights, which changes no cost; texts are CoLA's and SST-2's, cut by a real
 wordpiece vocabulary. Every row runs in a process of its own, one after another; a row's figure is
-the median of its steps, the fastest of the rounds::
+the median over the rounds of the median of its steps::
 
     python benchmarks/t5_base.py run
     python benchmarks/t5_base.py run --toy        # a small model, in seconds: does it still work?
     python benchmarks/t5_base.py table
+    python benchmarks/t5_base.py feed             # ready tensors and the cache, in turns
     python benchmarks/t5_base.py profile          # where a cached step spends its time
 """
 
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ import transformers
 
 from cached import sherl_pipe
 from records import Record, markdown, read_records
-from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench, cached
+from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench, cached, feeding
 from training import cpu_model
 
 LOG = logging.getLogger("t5_base")
@@ -99,18 +101,32 @@ def run(arguments: argparse.Namespace) -> None:
 def profile(arguments: argparse.Namespace) -> None:
     """Print where a step from int8 in host memory spends its time; `run` has to come first."""
     torch.set_num_threads(arguments.threads)
-    cached(Bench(arguments.toy, arguments.data), "int8", profile=arguments.operations)
+    cached(Bench(arguments.toy, arguments.data), codec="int8", profile=arguments.operations)
+
+
+def feed(arguments: argparse.Namespace) -> None:
+    """Print what a step takes on ready tensors and from the cache, in turns in one process; `run`
+    has to come first."""
+    torch.set_num_threads(arguments.threads)
+    found = feeding(Bench(arguments.toy, arguments.data))
+    least = found["ready tensors"]
+    lines = [[name, f"{each:.4f}", f"{each / least:.2f}"] for name, each in found.items()]
+    print(markdown(["int8 from", "s/step", "ratio"], lines))
 
 
 def report(records: Sequence[Record]) -> str:
     """The tables: a step, and whole tunings computed from it."""
-    best: dict[str, Record] = {}
+    rounds: dict[str, list[Record]] = {}
     for record in records:
-        name = record["name"]
-        if name not in best or record["seconds"] < best[name]["seconds"]:
-            best[name] = record
-    steps = {name: best[name]["seconds"] for name in ROWS}
-    peaks = {name: best[name]["peak_mib"] or float("nan") for name in ROWS}
+        rounds.setdefault(record["name"], []).append(record)
+    seconds = {
+        name: statistics.median(each["seconds"] for each in found) for name, found in rounds.items()
+    }
+    steps = {name: seconds[name] for name in ROWS}
+    peaks = {
+        name: statistics.median(each["peak_mib"] or float("nan") for each in rounds[name])
+        for name in ROWS
+    }
     lines = []
     for name in ROWS:
         ratios = [steps[base] / steps[name] for base in ("full fine-tuning", "lora", "live sherl")]
@@ -120,12 +136,12 @@ def report(records: Sequence[Record]) -> str:
                 f"{steps[name]:.3f}",
                 *(f"{ratio:.1f}x" for ratio in ratios),
                 f"{peaks[name]:,.0f}",
-                f"{best[name]['trainable']:,}",
+                f"{rounds[name][0]['trainable']:,}",
             ]
         )
     header = ["row", "s/step", "vs full", "vs lora", "vs live sherl", "peak MiB", "trainable"]
     epoch = records[0]["rows"] // BATCH
-    chosen, extraction = "cached sherl, int8, host", best["extraction, int8"]["seconds"]
+    chosen, extraction = "cached sherl, int8, host", seconds["extraction, int8"]
     once = extraction + EPOCHS * epoch * steps[chosen]
     many = extraction + TUNINGS * EPOCHS * epoch * steps[chosen]
     whole = [
@@ -166,11 +182,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", parents=[shared], help=run.__doc__)
-    command.add_argument("--rounds", type=int, default=1, help="how often the series is run")
+    command.add_argument("--rounds", type=int, default=3, help="how often the series is run")
     command.set_defaults(function=run)
     command = commands.add_parser("profile", parents=[shared], help=profile.__doc__)
     command.add_argument("--operations", type=int, default=20)
     command.set_defaults(function=profile)
+    command = commands.add_parser("feed", parents=[shared], help=feed.__doc__)
+    command.set_defaults(function=feed)
     command = commands.add_parser("table", help="print the tables of the last run")
     command.set_defaults(function=lambda _: print(report(read_records(RESULTS))))
     arguments = parser.parse_args(argv)

@@ -183,62 +183,95 @@ def live_sherl(bench: Bench) -> Record:
     return trained(bench, prepare)
 
 
-def cached(
-    bench: Bench,
-    codec: str,
-    residency: str = "host",
-    loss: str = "words",
-    ready: bool = False,
-    profile: int = 0,
-) -> Record:
-    """SHERL from a cache; with `ready`, every batch is decoded beforehand. With `profile`, a table
-    of so many operations that take the most time is printed."""
-    from sherl_pipe.cache import FeatureCache
+class CachedSteps:
+    """Steps of SHERL from a cache, one after another.
+
+    Args:
+        bench: with a cache of every codec.
+        codec: of the cache.
+        residency: where coded features live.
+        loss: of label words.
+        ready: have every batch decoded beforehand.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        codec: str,
+        residency: str = "host",
+        loss: str = "words",
+        ready: bool = False,
+    ) -> None:
+        from sherl_pipe.cache import FeatureCache
+        from sherl_pipe.stages.methods import METHODS
+        from sherl_pipe.stages.part import load_part
+        from sherl_pipe.stages.settings import TuneSettings
+        from sherl_pipe.stages.task import Task
+        from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
+        from sherl_pipe.stages.tune import Tuner
+        from sherl_pipe.stages.words import tokens_of
+
+        cache = FeatureCache.open(bench.folder / f"cache-{codec}")
+        tokenizer = own_tokenizer(str(bench.model))
+        words = cache.tasks["mixed"]["train"].spec.words
+        tokens = tokens_of(words, tokenizer) if loss == "words" else None
+        backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens)
+        task = Task(cache, "mixed", backbone, tokenizer)
+        settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
+        tuner = Tuner(task, settings, bench.folder / "runs", budget=1 << 40, residency=residency)
+        if residency == "host":
+            tuner.train.preload()
+        chosen = [batch for epoch in range(4) for batch in tuner.train.epoch(0, epoch, BATCH)]
+        chosen = [batch for batch in chosen if len(batch) == BATCH][: 6 * bench.steps + 2]
+        self.count = len(chosen) - 2
+        self.trainable = sum(p.numel() for p in tuner.parameters.values())
+        self._tuner, self._optimizer = tuner, tuner.optimizer()
+        self._source = iter(list(tuner.train.read(chosen)) if ready else tuner.train.read(chosen))
+        tuner.route.train()
+
+    def __call__(self) -> None:
+        self._tuner.step(next(self._source), self._optimizer, 1, 100)
+
+
+def cached(bench: Bench, profile: int = 0, **how: Any) -> Record:
+    """`CachedSteps`. With `profile`, a table of so many operations that take the most time is
+    printed."""
     from sherl_pipe.stages.memory import keep_freed_memory
-    from sherl_pipe.stages.methods import METHODS
-    from sherl_pipe.stages.part import load_part
-    from sherl_pipe.stages.settings import TuneSettings
-    from sherl_pipe.stages.task import Task
-    from sherl_pipe.stages.tokens import load_tokenizer as own_tokenizer
-    from sherl_pipe.stages.tune import Tuner
-    from sherl_pipe.stages.words import tokens_of
 
     keep_freed_memory()
-    cache = FeatureCache.open(bench.folder / f"cache-{codec}")
     meter = started()
-    tokenizer = own_tokenizer(str(bench.model))
-    words = cache.tasks["mixed"]["train"].spec.words
-    tokens = tokens_of(words, tokenizer) if loss == "words" else None
-    backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens)
-    task = Task(cache, "mixed", backbone, tokenizer)
-    settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
-    folder = bench.folder / "runs"
-    tuner = Tuner(task, settings, folder, budget=1 << 40, residency=residency)
-    if residency == "host":
-        tuner.train.preload()
-    optimizer = tuner.optimizer()
-    chosen = [batch for epoch in range(4) for batch in tuner.train.epoch(0, epoch, BATCH)]
-    chosen = [batch for batch in chosen if len(batch) == BATCH][: 6 * bench.steps + 2]
-    source = iter(list(tuner.train.read(chosen)) if ready else tuner.train.read(chosen))
-    tuner.route.train()
-
-    def step() -> None:
-        tuner.step(next(source), optimizer, 1, 100)
-
+    step = CachedSteps(bench, **how)
     if profile:
         for _ in range(2):
             step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-            for _ in range(len(chosen) - 2):
+            for _ in range(step.count):
                 step()
         print(found.key_averages().table("self_cpu_time_total", row_limit=profile))
-    seconds = 0.0 if profile else timed(len(chosen) - 2, step)
+    seconds = 0.0 if profile else timed(step.count, step)
     meter.stop()
-    return {
-        "seconds": seconds,
-        "peak_mib": meter.peak_rss_mib,
-        "trainable": sum(p.numel() for p in tuner.parameters.values()),
+    return {"seconds": seconds, "peak_mib": meter.peak_rss_mib, "trainable": step.trainable}
+
+
+def feeding(bench: Bench) -> dict[str, float]:
+    """Seconds of a step on ready tensors, from host memory and streamed (int8), in turns."""
+    from sherl_pipe.stages.memory import keep_freed_memory
+
+    keep_freed_memory()
+    feeds = {
+        "ready tensors": CachedSteps(bench, "int8", ready=True),
+        "host": CachedSteps(bench, "int8"),
+        "stream": CachedSteps(bench, "int8", "stream"),
     }
+    seconds: dict[str, list[float]] = {name: [] for name in feeds}
+    for number in range(feeds["host"].count):
+        # Every kind is first, second and last as often as the others.
+        order = list(feeds)[number % 3 :] + list(feeds)[: number % 3]
+        for name in order:
+            begun = time.perf_counter()
+            feeds[name]()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(found[3:]) for name, found in seconds.items()}
 
 
 def _cached_rows() -> dict[str, Callable[[Bench], Record]]:

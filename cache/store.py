@@ -195,7 +195,12 @@ class LocalStore:
             missing.append(folder)
             folder = folder.parent
         for new in reversed(missing):
-            new.mkdir(exist_ok=True)
+            try:
+                new.mkdir(exist_ok=True)
+            except FileExistsError as error:
+                raise UnsafeError(
+                    f"{new} is no folder; one of the cache belongs there. Move it away."
+                ) from error
             self._sync_folder(new.parent)
 
     @staticmethod

@@ -15,6 +15,7 @@ from sherl_pipe.cache.place import Place
 from sherl_pipe.pipeline.opening import DTYPES, pick_device, spare_threads
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.memory import share_one_arena
 from sherl_pipe.stages.shards import Done, ShardJob, ShardWorker
 
 
@@ -50,6 +51,7 @@ class ShardActor:
 
     def load(self, setup: Setup) -> None:
         """Load the backbone. Raises what that raises, and for packages or weights of others."""
+        share_one_arena()
         torch.set_num_threads(setup.threads)
         here = f"worker on {self.place()}"
         try:

@@ -222,7 +222,7 @@ TUNE = [
         type=click.Choice(["random", "probe", "words"]),
         help="What an encoder's head starts from; probe fits a linear model first. With words a "
         "causal model keeps its own head and scores the label words by their first tokens.  "
-        "[default: probe for sherl, random for lst]",
+        "[default: random for lst and unipt, else probe]",
     ),
     click.option(
         "--loss",

@@ -168,7 +168,7 @@ def require_space(ready: Prepared, bars: Bars) -> None:
         size = uncompressed_bytes(ready.sources, ready.templates, dual, ready.identity)
         store = open_store(ready.path)  # what it holds is written already
         held = sum(store.size(key) or 0 for key in store.list())
-        _require(size - held, free, ready.path)
+        _require(size - held, free, ready.path, "--codec.")
         return
     say("extract: the disk is not obviously large enough; measuring a sample")
     setup = _setup(ready)
@@ -183,16 +183,16 @@ def require_space(ready: Prepared, bars: Bars) -> None:
         size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
         taps = len(ready.identity.spec(amount.stream).taps)
         need += round(size * (_left(cache, amount, taps) if cache is not None else 1))
-    _require(need, free, ready.path)
+    smaller = "--codec (`sherl-pipe plan` with the same options shows what each takes)."
+    _require(need, free, ready.path, smaller)
 
 
-def _require(need: int, free: int, path: Place) -> None:
+def _require(need: int, free: int, path: Place, smaller: str) -> None:
     if need > free:
         raise StorageError(
             errno.ENOSPC,
             f"{path}: the extraction needs about {need:,} bytes, {free:,} are free. Free "
-            "space, choose another --cache, or a smaller --codec (`sherl-pipe plan` with the same "
-            "options shows what each takes).",
+            f"space, choose another --cache, or a smaller {smaller}",
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.data import Source
 from sherl_pipe.stages.inputs import preprocessor_fingerprint, read_inputs
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
+from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.taps import extracted_taps
 from sherl_pipe.stages.templates import Input, Template
@@ -30,7 +31,6 @@ from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
 from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.tokens import Tokens, tokenize
 from sherl_pipe.stages.words import PrefixTree
-from torch import Tensor
 
 BATCH_TOKENS = 4096
 
@@ -270,7 +270,7 @@ class Extractor:
         ids: Sequence[bytes],
         texts: TargetTexts,
         prompts: Mapping[bytes, tuple[str, ...]] | None,
-    ) -> Callable[[int, Layout], Iterator[Tensor]]:
+    ) -> Callable[[Sequence[int], Layout], States]:
         if prompts is None:
             return TargetsPass(self.backbone, spec, main, texts, self.batch_tokens).states
         chosen = [prompts[each] for each in ids]
@@ -332,19 +332,23 @@ class Extractor:
         out: StreamWriter,
         layout: Layout,
         ids: list[bytes],
-        states: Callable[[int, Layout], Iterator[Tensor]],
+        states: Callable[[Sequence[int], Layout], States],
         report: Report,
     ) -> None:
         """Compute pending shards; a thread encodes and commits each while the next one runs."""
         pending, done = out.pending(), 0
         what, total = self._say_what(out, layout, pending)
-        with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="commit") as pool,
+            closing(states(pending, layout)) as batches,
+        ):
             committing: Future[int] | None = None
             for shard in pending:
                 buffer = ShardBuffer(
                     self.identity.codec, out.spec, layout.used_rows(shard), self.backbone.device
                 )
-                for batch in states(shard, layout):
+                while not buffer.full:
+                    batch = next(batches)
                     buffer.add(batch)
                     done += batch.shape[1]
                     self.progress(what, done, total, "tokens")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from sherl_pipe.stages.amounts import Amount, StreamBytes, StreamSample
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.features import Ints
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
+from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
 from sherl_pipe.stages.sample import Sample
 from sherl_pipe.stages.scratch import opened, stream_bytes
 from sherl_pipe.stages.survey import Split, Survey, Trees, padded_tokens
@@ -164,7 +164,7 @@ class _Run:
         layout: Layout,
         notes: Mapping[str, Any],
         lengths: Ints,
-        states: Callable[[int, Layout], Iterator[Tensor]],
+        states: Callable[[Sequence[int], Layout], States],
     ) -> StreamSample:
         """Extract a stream; `lengths` are those of the examples in a batch."""
         device = self._setup.backbone.device
@@ -176,7 +176,7 @@ class _Run:
             clock.lap()
             buffer = ShardBuffer(out.identity.codec, out.spec, layout.used_rows(shard), device)
             kept = []
-            for batch in states(shard, layout):
+            for batch in states([shard], layout):
                 buffer.add(batch)
                 kept.append(batch)
             buffer.check(f"{split} {stream}", shard, layout, ids)

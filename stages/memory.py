@@ -22,11 +22,23 @@ def keep_freed_memory() -> None:
     fresh from the system each time cost a tenth of a step at the size of t5-base. All threads share
     one arena, so that a step reuses what readers of shards have freed.
     """
+    share_one_arena()
+    for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        _tell_glibc(option, 1 << 30)
+
+
+def share_one_arena() -> None:
+    """Let all threads that begin from now on share one arena of the C library, where it is glibc.
+
+    With arenas of their own, threads that compute batches side by side each keep what they have
+    freed: extraction with MiniLM then takes 1,120 MiB instead of 640, in the same time.
+    """
+    _tell_glibc(_ARENA_MAX, 1)
+
+
+def _tell_glibc(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            library.mallopt(option, 1 << 30)
-        library.mallopt(_ARENA_MAX, 1)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 class PeakMemory:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,11 @@ from torch import Tensor
 
 # Tokens that are encoded at once on a processor: a tap of them stays in its cache.
 BLOCK = 256
+# Batches that are computed at the same time on a processor, at most: each takes its own memory.
+TOGETHER = 4
+
+# States `[K, n, d]`, batch by batch.
+States = Generator[Tensor, None, None]
 
 
 class ShardBuffer:
@@ -51,11 +59,16 @@ class ShardBuffer:
             if scales is not None:
                 self._scales[:, rows].copy_(scales, non_blocking=True)
 
+    @property
+    def full(self) -> bool:
+        """Whether all rows are there."""
+        return self._filled == self._codes.shape[1]
+
     def check(self, what: str, shard: int, layout: Layout, ids: Sequence[bytes]) -> None:
         """Raise NonFiniteError naming tap and examples; wait for the copies."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if self._filled != self._codes.shape[1]:
+        if not self.full:
             raise RuntimeError(f"{what}: {self._filled} rows of {self._codes.shape[1]}")
         bad = self._bad.cpu().numpy()
         if not bad.any():
@@ -90,6 +103,47 @@ def token_batches(
             start = end
 
 
+def side_by_side(
+    work: Callable[[npt.NDArray[np.int64]], Tensor],
+    batches: Iterable[npt.NDArray[np.int64]],
+    device: torch.device,
+) -> States:
+    """What `work` makes of each batch, in order, without gradients.
+
+    On a processor several batches are computed at the same time, each by one thread where there are
+    threads for no more: threads that share the operations of one batch wait for one another at the
+    end of each, for whichever of them has to share its core with what compresses and writes.
+    """
+
+    @torch.inference_mode()
+    def frozen(batch: npt.NDArray[np.int64]) -> Tensor:
+        return work(batch)
+
+    threads = torch.get_num_threads()
+    source = iter(batches)
+    first = list(islice(source, min(threads, TOGETHER) if device.type == "cpu" else 1))
+    if len(first) < 2:
+        yield from map(frozen, chain(first, source))
+        return
+    each = threads // len(first)
+    torch.set_num_threads(each)
+    pool = ThreadPoolExecutor(
+        len(first), "forward", initializer=torch.set_num_threads, initargs=(each,)
+    )
+    try:
+        waiting: deque[Future[Tensor]] = deque()
+        for batch in chain(first, source):
+            waiting.append(pool.submit(frozen, batch))
+            # One more than there are threads, so that none waits while a result is made use of.
+            if len(waiting) > len(first):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
 class MainPass:
     """The backbone up to its last tap, over the tokens of a split."""
 
@@ -114,12 +168,12 @@ class MainPass:
         self._device, self._spec, self.tokens = backbone.device, spec, tokens
         self._pad_id, self._batch_tokens = pad_id, batch_tokens
 
-    @torch.inference_mode()
-    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows, batch by batch, in their order."""
-        members = layout.members(shard)
-        for batch in token_batches(members, self.tokens.lengths, self._batch_tokens):
-            yield self.of(batch)
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards, one after another, batch by batch, in their order."""
+        lengths, budget = self.tokens.lengths, self._batch_tokens
+        members = map(layout.members, shards)
+        batches = (batch for each in members for batch in token_batches(each, lengths, budget))
+        return side_by_side(self.of, batches, self._device)
 
     def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
         """`[K, n, d]` of some examples, in one forward pass."""
@@ -212,9 +266,13 @@ class WordsPass:
         self._encoder, self._tree = encoder, tree
         self._device, self._dtype, self._batch = backbone.device, backbone.dtype, batch
 
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all nodes of one example, then of the next."""
+        for shard in shards:
+            yield from self._states(shard, layout)
+
     @torch.inference_mode()
-    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
+    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         top = CachedTop(self._encoder, shard, self._device)
         members = layout.members(shard)
         index = self._encoder.layout.index

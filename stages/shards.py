@@ -8,7 +8,7 @@ worker answers with the shard's receipt.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,10 +23,9 @@ from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, WordsPass
+from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -154,10 +153,10 @@ class ShardWorker:
             # A worker that was given up for lost may have finished after all.
             return writer.receipt(job.shard) or writer.commit(job.shard, *buffer.arrays())
 
-    def _states(self, job: ShardJob, spec: StreamSpec) -> Iterator[Tensor]:
+    def _states(self, job: ShardJob, spec: StreamSpec) -> States:
         if job.inputs is None:
             words, layout = self._words_pass(job, spec)
-            return words.states(job.shard, layout)
+            return words.states([job.shard], layout)
         if self._main is None or self._main[0] != job.stream:
             stream = stream_kind(job.stream)
             made = MainPass(
@@ -165,7 +164,7 @@ class ShardWorker:
             )
             self._main = job.stream, made
         self._main[1].tokens = job.inputs
-        return self._main[1].states(job.shard, job.layout())
+        return self._main[1].states([job.shard], job.layout())
 
     def _words_pass(self, job: ShardJob, spec: StreamSpec) -> tuple[WordsPass, Layout]:
         """The pass over the label words of a split; that of the last job where it is the same."""

@@ -9,6 +9,7 @@ begins at the first late block.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -48,19 +49,31 @@ def cut_after(backbone: Backbone, stream: str, last_tap: int) -> nn.Module:
     return model
 
 
+class _Seen(threading.local):
+    """States by tap, of each thread its own."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, Tensor] = {}
+
+
 class TapRecorder:
     """Keeps the states at some taps of a list of blocks whenever they run.
 
-    `states[tap]` is `[B, S, d]` after a forward pass.
+    `states[tap]` is `[B, S, d]` after a forward pass, of the thread that ran it.
     """
 
     def __init__(self, blocks: nn.ModuleList, taps: Iterable[int]) -> None:
-        self.states: dict[int, Tensor] = {}
+        self._seen = _Seen()
         for tap in taps:
             if tap < len(blocks):
                 blocks[tap].register_forward_pre_hook(self._before(tap), with_kwargs=True)
             else:
                 blocks[tap - 1].register_forward_hook(self._after(tap))
+
+    @property
+    def states(self) -> dict[int, Tensor]:
+        """By tap, what this thread's last forward pass had there."""
+        return self._seen.states
 
     def _before(self, tap: int) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

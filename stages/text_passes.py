@@ -11,7 +11,7 @@ from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.passes import CachedTop, DecoderPass, token_batches
+from sherl_pipe.stages.passes import CachedTop, DecoderPass, States, token_batches
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.texts import TargetTexts
 from torch import Tensor
@@ -34,9 +34,13 @@ class TargetsPass:
         self._targets = [texts.of(row.tobytes()) for row in encoder.ids]
         self._longest = max((len(t) for each in self._targets for t in each), default=0)
 
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
+        for shard in shards:
+            yield from self._states(shard, layout)
+
     @torch.inference_mode()
-    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
+    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         top = CachedTop(self._encoder, shard, self._device)
         index = self._encoder.layout.index
         lengths = index[:, 2] + self._longest
@@ -86,9 +90,13 @@ class ContinuationsPass:
         longest = max((len(t) for each in targets for t in each), default=0)
         self._lengths = np.array([len(each) + longest for each in prompts], np.int64)
 
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
+        for shard in shards:
+            yield from self._states(shard, layout)
+
     @torch.inference_mode()
-    def states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
+    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
         for batch in token_batches(layout.members(shard), self._lengths, self._batch):
             pairs = [
                 (self._prompts[each], self._texts.inputs(target))

@@ -253,6 +253,14 @@ def test_storage_refuses_to_change_who_may_commit(tmp_path: Path, code: int) -> 
         pass
 
 
+def test_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
+    with CacheWriter.open(tmp_path, SPEC):
+        (tmp_path / "sst2").write_text("mine")
+    with pytest.raises(errors.UnsafeError, match="sst2 is no folder.*Move it away"):
+        write(tmp_path)
+    assert (tmp_path / "sst2").read_text() == "mine"
+
+
 FILES = [f"{HIDDEN}/{name}" for name in ("values/c/0/0/0", "scales/c/0/1/0", "ids/c/0/0")]
 FILES += [f"{HIDDEN}/{name}" for name in ("index/c/0/0", "values/zarr.json", "zarr.json")]
 ALL_FILES = [*FILES, f"{HIDDEN}/manifest.json", "sst2/zarr.json", "_labels/size/train.json"]

@@ -75,6 +75,25 @@ def test_a_tuning_from_a_bucket_is_that_from_a_folder(
     assert answer.json["label"] in "01"
 
 
+@pytest.mark.slow
+def test_workers_write_to_a_bucket_and_read_from_it(
+    tmp_path: Path, models: dict[str, str], wire: Wire, url: str
+) -> None:
+    """What one process writes into a folder, and trains from it."""
+    data, near = write_data(tmp_path / "data", ("colour",), train=400), tmp_path / "near"
+    extract = ["extract", "--model", models["bert"], "--data", data, "--codec", "float32"]
+    extract += ["--shard-mib", 1, "--batch-tokens", 256, "--device", "cpu", "--cache"]
+    done(*extract, near)
+    wire.fault = every(9, "503")
+    done(*extract, url, "--workers", 2)
+    assert FeatureCache.open(url).content() == FeatureCache.open(near).content()
+    tune = ("tune", *TUNE, "--lr", 0.003, "--lr", 0.01, "--residency", "stream")
+    home = done(*tune, "--cache", near, "--out", tmp_path / "a").json
+    far = done(*tune, "--cache", url, "--out", tmp_path / "b", "--workers", 2).json
+    assert weights(home) == weights(far)
+    assert [each["metrics"] for each in home] == [each["metrics"] for each in far]
+
+
 def test_from_a_file_with_new_labels(
     tmp_path: Path, models: dict[str, str], wire: Wire, url: str
 ) -> None:

@@ -187,18 +187,52 @@ def alive(process: subprocess.Popen[str]) -> bool:
     return any("ray" in child.name() for child in psutil.Process().children(recursive=True))
 
 
+MANY = TUNE | {"epochs": 40}
+
+
+@pytest.fixture(scope="module")
+def calm(made: Path) -> dict[str, bytes]:
+    """What a sweep of so many epochs ends with in one process."""
+    file = made / "calm.yaml"
+    tune = MANY | {"out": str(made / "one")}
+    file.write_text(yaml.safe_dump({"cache": str(made / "cache"), "tune": tune, "sweep": GRID}))
+    done("sweep", file)
+    return adapters(str(made / "one"))
+
+
 @pytest.mark.slow
-def test_workers_end_where_one_process_ends_though_one_is_killed() -> None:
-    many = TUNE | {"epochs": 40}
-    config_file(tune=many | {"out": "one"})
-    done("sweep", "sweep.yaml")
-    file = config_file(tune=many | {"out": "two", "workers": 2})
+def test_workers_end_where_one_process_ends_though_one_is_killed(calm: dict[str, bytes]) -> None:
+    file = config_file(tune=MANY | {"out": "two", "workers": 2})
     process = command("sweep", file, "--json")
     assert killing(process, lambda: Path("two").exists()) == 1
     rows = ends(process)
     assert {row["status"] for row in rows} == {"finished"}
-    assert adapters("two") == adapters("one")
+    assert adapters("two") == calm
     assert not Path("two/.ray-tune").exists() and not alive(process)
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_though_a_machine_is_lost(calm: dict[str, bytes]) -> None:
+    """Two Ray nodes on this machine, a folder that both see."""
+    from ray.cluster_utils import Cluster
+
+    size = {"object_store_memory": 80 << 20, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **size})
+    try:
+        second = nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
+        file = config_file(tune=MANY | {"out": "lost", "workers": 2})
+        process = command("sweep", file, "--ray-address", nodes.address, "--json")
+        until = time.monotonic() + 400
+        # A folder is made when its pass begins: both machines are at work.
+        while len(list(Path("lost").glob("colour/*"))) < 2:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        nodes.remove_node(second, allow_graceful=False)
+        rows = ends(process)
+    finally:
+        nodes.shutdown()
+    assert {row["status"] for row in rows} == {"finished"} and len(rows) == len(calm)
+    assert adapters("lost") == calm
 
 
 @pytest.mark.slow

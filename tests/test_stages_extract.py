@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from model_tools import save_model, write_data
 from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
+from sherl_pipe.pipeline import opening
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import run_extract
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.families import FAMILIES
-from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.passes import side_by_side, token_batches
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.taps import extracted_taps, paper_blocks
 from sherl_pipe.stages.tokens import load_tokenizer
@@ -86,6 +88,45 @@ def test_non_finite_states_name_tap_and_examples(tmp_path: Path, codec: str) -> 
         run_extract(config, QUIET)
     left = list((tmp_path / "cache").rglob("manifest.json"))
     assert left == []
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_batches_that_are_computed_side_by_side_are_those_of_one_thread(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "TINY", 0)  # a small model gets one thread
+    config = config_of(tmp_path, family)
+    run_extract(config, QUIET)
+    before = torch.get_num_threads()
+    for threads in (2, 3, 9):
+        try:
+            torch.set_num_threads(threads)
+            run_extract(config.model_copy(update={"cache": str(tmp_path / str(threads))}), QUIET)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        many, one = (FeatureCache.open(tmp_path / name) for name in (str(threads), "cache"))
+        assert many.content() == one.content()
+
+
+def test_an_error_in_one_batch_ends_those_beside_it(tmp_path: Path) -> None:
+    def work(batch: Any) -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        if batch[0] == 3:
+            raise RuntimeError("the third")
+        return torch.full((1,), float(batch[0]))
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = side_by_side(work, [np.array([each]) for each in range(9)], torch.device("cpu"))
+        assert [float(next(found)) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="the third"):
+            next(found)
+        assert torch.get_num_threads() == 2 and not list(found)
+        assert not [each for each in threading.enumerate() if each.name.startswith("forward")]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_decoder_states_are_stored_once_per_prefix(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class Dtl(Method):
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
-        """Rank 2, and an add-back behind each block of the upper half, as published.
+        """Rank 2, and an add-back behind each block of the upper half, as published; a head that
+        starts from a probe of the frozen model, which the side network leaves as it is at first.
 
         The lower half comes from the cache, so the half that runs is what the paper trains through
         too. Where the cache lacks the state in the middle it is the last block alone, whose input
@@ -116,13 +117,16 @@ class Dtl(Method):
         stream = streams["decoder" if "decoder" in streams else "hidden"]
         half = max(1, stream.blocks // 2)
         late = half if stream.blocks - half in stream.taps else 1
-        return {**cls.usual, "reduction": max(1, stream.width // RANK), "late": late}
+        head = {} if "decoder" in streams else {"head": "probe"}
+        return {**cls.usual, "reduction": max(1, stream.width // RANK), "late": late, **head}
 
     @classmethod
     def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
-        """The upper half of the blocks, whether the cache has the state in the middle or not."""
+        """The upper half of the blocks, whether the cache has the state in the middle or not; a
+        fresh head."""
         stream = streams["decoder" if "decoder" in streams else "hidden"]
-        return {"late": max(1, stream.blocks // 2)}
+        head = {} if "decoder" in streams else {"head": "random"}
+        return {"late": max(1, stream.blocks // 2), **head}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:

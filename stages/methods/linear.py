@@ -22,10 +22,17 @@ class Linear(Method):
 
     @classmethod
     def usual_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
-        """T5's frozen late blocks are those behind the last cached decoder tap."""
+        """A head that starts where it would end on frozen states alone. T5's frozen late blocks are
+        those behind the last cached decoder tap."""
         decoder = streams.get("decoder")
-        late = 0 if decoder is None else decoder.blocks - decoder.taps[-1]
-        return {**cls.usual, "late": late}
+        if decoder is None:
+            return {**cls.usual, "head": "probe"}
+        return {**cls.usual, "late": decoder.blocks - decoder.taps[-1]}
+
+    @classmethod
+    def published_for(cls, streams: Mapping[str, StreamSpec]) -> Mapping[str, Any]:
+        """A fresh head."""
+        return {} if "decoder" in streams else {"head": "random"}
 
     @staticmethod
     def late_blocks(late: int) -> dict[str, int]:

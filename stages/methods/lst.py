@@ -113,7 +113,8 @@ class Lst(Method):
         to start from pruned weights, and for a family that the ladder does not fit.
         """
         if spec.init in Lst.given and backbone.family.lent is None:
-            raise InputError(explain("init", expected="random, but on T5", found=spec.init))
+            wanted = "random (fisher prunes T5's blocks only)"
+            raise InputError(explain("init", expected=wanted, found=spec.init))
         _ = side_of(backbone)
         kind = LstSeq2Seq if backbone.family.seq2seq else LstEncoder
         return kind(backbone, spec).to(backbone.device)
