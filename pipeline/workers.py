@@ -23,6 +23,8 @@ from sherl_pipe.pipeline.crew import WorkerDiedError
 try:
     # Read when Ray is imported: nobody who extracts features asked to be counted.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else what it has to say twice is kept, and printed among the results at the end.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 except ImportError as error:
     raise InputError(
