@@ -59,12 +59,18 @@ def storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
             raise UnsafeError(
                 f"{path} is a symbolic link; caches hold plain files only. Remove the link."
             ) from error
+        if error.errno == errno.ENOTDIR:
+            raise _not_a_folder(path) from error
         need = f" ({size} bytes needed)" if size is not None else ""
         raise StorageError(
             error.errno,
             f"{path}: {os.strerror(error.errno or 0)}{need}. "
             "Free space or fix permissions, then run the same command again: it resumes.",
         ) from error
+
+
+def _not_a_folder(path: Path) -> UnsafeError:
+    return UnsafeError(f"{path}: a file lies where a folder of the cache belongs. Move it away.")
 
 
 def is_partial(key: str) -> bool:
@@ -198,9 +204,7 @@ class LocalStore:
             try:
                 new.mkdir(exist_ok=True)
             except FileExistsError as error:
-                raise UnsafeError(
-                    f"{new} is no folder; one of the cache belongs there. Move it away."
-                ) from error
+                raise _not_a_folder(new) from error
             self._sync_folder(new.parent)
 
     @staticmethod

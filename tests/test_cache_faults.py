@@ -23,6 +23,7 @@ from cache_tools import encode, identity, ids_of, values_of
 from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable, TaskSpec, errors
 from sherl_pipe.cache.fence import FENCE_NAME, admit, committing, shut
 from sherl_pipe.cache.layout import assign
+from sherl_pipe.cache.store import LocalStore
 
 TRAIN, HIDDEN = "sst2/train", "sst2/train/hidden"
 LENGTHS = {"sst2/validation": [2, 3], TRAIN: [4, 2, 5, 7]}
@@ -256,8 +257,10 @@ def test_storage_refuses_to_change_who_may_commit(tmp_path: Path, code: int) -> 
 def test_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
     with CacheWriter.open(tmp_path, SPEC):
         (tmp_path / "sst2").write_text("mine")
-    with pytest.raises(errors.UnsafeError, match="sst2 is no folder.*Move it away"):
+    with pytest.raises(errors.UnsafeError, match="sst2.*where a folder of the cache belongs"):
         write(tmp_path)
+    with pytest.raises(errors.UnsafeError, match="sst2: a file lies where a folder"):
+        LocalStore(tmp_path).create("sst2/other", b"")
     assert (tmp_path / "sst2").read_text() == "mine"
 
 
