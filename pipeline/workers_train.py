@@ -29,6 +29,7 @@ from sherl_pipe.pipeline.workers_tune import (
     error_text,
     job_of,
     opened,
+    settle,
 )
 from sherl_pipe.stages.team import Team
 
@@ -109,6 +110,7 @@ def _loop(config: dict[str, Any]) -> None:
     team = Team.of_group(device if device.type == "cuda" else pick_device("cpu"))
     values["config"]["device"] = str(device)
     try:
+        settle(values)
         outcomes = opened(values, team=team).run(job_of(values, 0))
     except SherlPipeError as error:
         notes.replace(OUTCOME, json.dumps({"error": error_text(error)}).encode())

@@ -161,10 +161,13 @@ def describe(work: Work, each: Share) -> str:
     )
 
 
+def settle(described: dict[str, Any]) -> None:
+    """Go where the user's paths start: Ray leads a worker into another folder for every pass."""
+    os.chdir(described["folder"])
+
+
 def opened(described: dict[str, Any], **how: Any) -> Passes:
     """What `describe` describes, opened in a worker."""
-    # Ray gives a worker a folder of its own, and the user's paths may be relative.
-    os.chdir(described["folder"])
     torch.set_num_threads(described["threads"])
     config: RunConfig = make_config(described["config"], "worker")
     # Measured once, and not by every worker beside the others.
@@ -189,6 +192,7 @@ def _trial(config: dict[str, Any], described: str) -> None:
     """One pass, in a worker."""
     values = json.loads(described)
     try:
+        settle(values)
         if described not in _opened:
             _opened.clear()
             _opened[described] = opened(values)

@@ -212,6 +212,17 @@ def test_workers_end_where_one_process_ends_though_one_is_killed(calm: dict[str,
 
 
 @pytest.mark.slow
+def test_a_worker_trains_one_pass_after_another() -> None:
+    methods = ["sherl", "linear", "weighted", "dtl", "unipt"]
+    space = {"space": {"method": methods}}
+    alone = done("sweep", config_file(**tune_with(out="alone"), sweep=space), "--json").json
+    file = config_file(**tune_with(out="worker", workers=2), sweep=space)
+    rows = done("sweep", file, "--json").json
+    assert [row["score"] for row in rows] == [row["score"] for row in alone]
+    assert adapters("worker") == adapters("alone") and len(rows) == len(methods)
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_though_a_machine_is_lost(calm: dict[str, bytes]) -> None:
     """Two Ray nodes on this machine, a folder that both see."""
     from ray.cluster_utils import Cluster
