@@ -1,9 +1,9 @@
 """Host memory of a tuning command with four workers, against that of one with one worker.
 
 Four tunings (`weighted`, which reads all taps) from one cache, spread over the workers by Ray, all
-features in host memory.
-Every process of the command counts, Ray's own included; a page that several of them map counts once
-(PSS, proportional set size). The figure is the largest of a run, looked at twice a second::
+features in host memory. Every process of the command counts, Ray's own included; a page that
+several of them map counts once (PSS, proportional set size). The figure is the largest of a run,
+looked at twice a second::
 
     python benchmarks/shared_memory.py                  # 3 GiB of features
     python benchmarks/shared_memory.py --rows 400       # does it still work?
@@ -36,8 +36,8 @@ RATES = (0.001, 0.003, 0.006, 0.01)
 
 
 def pss(process: psutil.Process) -> int:
-    """Bytes of a process and those below it, shared pages counted once; of threads that just end
-    nothing."""
+    """Bytes of a process and those below it, shared pages counted once; of those that just end,
+    none."""
     total = 0
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -50,24 +50,14 @@ def pss(process: psutil.Process) -> int:
 
 def tune(cache: Path, out: Path, workers: int) -> tuple[int, float]:
     """The largest memory of the command in bytes, and its seconds."""
-    command = [Path(sys.executable).parent / "sherl-pipe", "tune", "--cache", cache, "--out", out]
-    command += [
-        "--method",
-        "weighted",
-        "--epochs",
-        1,
-        "--workers",
-        workers,
-        "--together",
-        1,
-        "--residency",
-        "host",
-    ]
-    command += [part for lr in RATES for part in ("--lr", lr)]
+    options = f"--method weighted --epochs 1 --workers {workers} --together 1 --residency host"
+    options += "".join(f" --lr {lr}" for lr in RATES)
+    line = [str(Path(sys.executable).parent / "sherl-pipe"), "tune"]
+    line += ["--cache", str(cache), "--out", str(out), *options.split()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     begun, most = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as said:
-        line = [str(part) for part in command]
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said, env=environment())
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said, env=environment)
         while process.poll() is None:
             try:
                 most = max(most, pss(psutil.Process(process.pid)))
@@ -78,11 +68,6 @@ def tune(cache: Path, out: Path, workers: int) -> tuple[int, float]:
             said.seek(0)
             sys.exit(f"{' '.join(line)} failed: {said.read()}")
     return most, time.perf_counter() - begun
-
-
-def environment() -> dict[str, str]:
-    """Of the command."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -347,8 +347,7 @@ class Extractor:
                 buffer = ShardBuffer(
                     self.identity.codec, out.spec, layout.used_rows(shard), self.backbone.device
                 )
-                while not buffer.full:
-                    batch = next(batches)
+                while not buffer.full and (batch := next(batches, None)) is not None:
                     buffer.add(batch)
                     done += batch.shape[1]
                     self.progress(what, done, total, "tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -256,7 +257,20 @@ class CachedTop:
         return Packed(state, torch.from_numpy(index[list(examples), 2]).to(self._device))
 
 
-class WordsPass:
+class ShardByShard(ABC):
+    """Passes whose shards are computed one after another."""
+
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards, in their order."""
+        for shard in shards:
+            yield from self.of_shard(shard, layout)
+
+    @abstractmethod
+    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of one shard's rows, batch by batch."""
+
+
+class WordsPass(ShardByShard):
     """The decoder over all label-word prefixes, fed by the cached encoder."""
 
     def __init__(
@@ -266,13 +280,9 @@ class WordsPass:
         self._encoder, self._tree = encoder, tree
         self._device, self._dtype, self._batch = backbone.device, backbone.dtype, batch
 
-    def states(self, shards: Sequence[int], layout: Layout) -> States:
-        """`[K, n, d]` of the rows of shards: all nodes of one example, then of the next."""
-        for shard in shards:
-            yield from self._states(shard, layout)
-
     @torch.inference_mode()
-    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
         top = CachedTop(self._encoder, shard, self._device)
         members = layout.members(shard)
         index = self._encoder.layout.index

@@ -11,13 +11,13 @@ from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.passes import CachedTop, DecoderPass, States, token_batches
+from sherl_pipe.stages.passes import CachedTop, DecoderPass, ShardByShard, token_batches
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.texts import TargetTexts
 from torch import Tensor
 
 
-class TargetsPass:
+class TargetsPass(ShardByShard):
     """The decoder over the targets of every example, fed by the cached encoder."""
 
     def __init__(
@@ -34,13 +34,9 @@ class TargetsPass:
         self._targets = [texts.of(row.tobytes()) for row in encoder.ids]
         self._longest = max((len(t) for each in self._targets for t in each), default=0)
 
-    def states(self, shards: Sequence[int], layout: Layout) -> States:
-        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
-        for shard in shards:
-            yield from self._states(shard, layout)
-
     @torch.inference_mode()
-    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
         top = CachedTop(self._encoder, shard, self._device)
         index = self._encoder.layout.index
         lengths = index[:, 2] + self._longest
@@ -62,7 +58,7 @@ class TargetsPass:
         return found[:, inside.to(self._device)]
 
 
-class ContinuationsPass:
+class ContinuationsPass(ShardByShard):
     """A causal model over prompts with their targets behind them, of which the latter are kept.
 
     Args:
@@ -90,13 +86,9 @@ class ContinuationsPass:
         longest = max((len(t) for each in targets for t in each), default=0)
         self._lengths = np.array([len(each) + longest for each in prompts], np.int64)
 
-    def states(self, shards: Sequence[int], layout: Layout) -> States:
-        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
-        for shard in shards:
-            yield from self._states(shard, layout)
-
     @torch.inference_mode()
-    def _states(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
+        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
         for batch in token_batches(layout.members(shard), self._lengths, self._batch):
             pairs = [
                 (self._prompts[each], self._texts.inputs(target))
