@@ -50,8 +50,7 @@ TUNINGS: dict[str, Tuning] = {
     "sherl_late1": Tuning(_LATE1),
     "sherl_late1_paper": Tuning({**_LATE1, "--init": "paper"}),
     **{f"sherl_{codec}": Tuning(codec=codec, one_shard=True) for codec in CODECS},
-    **{name: Tuning({"--method": name}) for name in ("lst", "dtl", "unipt")},
-    **{name: Tuning({"--method": name, "--head": "random"}) for name in ("weighted", "linear")},
+    **{name: Tuning({"--method": name}) for name in ("lst", "dtl", "unipt", "weighted", "linear")},
 }
 
 

@@ -47,7 +47,7 @@ SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
 PUBLISHED = "sherl --preset paper"
 RATES = {
-    "sherl": (1e-3, 3e-3, 1e-2),
+    "sherl": (3e-4, 1e-3, 3e-3, 1e-2),
     PUBLISHED: (1e-2, 3e-2, 1e-1),
     "lst": (3e-3, 6e-3, 1.2e-2),
     "dtl": (1e-2, 3e-2, 1e-1),

@@ -29,6 +29,8 @@ from sherl_pipe.stages.shelf import Ints as Ints
 # Shards that are mixed with one another. A constant: if it followed the memory budget, the order
 # of batches would depend on the machine.
 WINDOW = 8
+# So many times the rows of a training batch are evaluated at once, where they are short.
+MORE = 4
 
 # Rows of a batch from which on coded groups are left turned. A constant: a batch's values must not
 # depend, not even in their last bit, on what is trained from them.
@@ -50,12 +52,12 @@ class FeatureSource:
             WINDOW shards at most are in host memory, whatever the budget. `auto`: the first of
             device, host and stream that has room; a CUDA device has room in half of what is free.
         readers: threads that read shards; one for two processors, at most 4, by default.
-        beside: homes of other sources that take of the same room.
+        beside: other sources that take of the same room; where one of them keeps all the shards
+            that are read here, they are not kept twice.
         shared: of features in host memory, have one copy for all processes of this host.
 
     Attributes:
         home: where coded rows live.
-        homes: all there are: this one.
 
     Raises InputError naming the first id that the cache does not hold, and where there is no room
     in the residency that is asked for.
@@ -71,19 +73,31 @@ class FeatureSource:
         device: torch.device,
         residency: str = "auto",
         readers: int | None = None,
-        beside: Sequence[Home] = (),
+        beside: Sequence[FeatureSource] = (),
         shared: bool = False,
     ) -> None:
         self.readings, self.device = dict(readings), device
         self._codec: Codec = cache.identity.codec
         self._choices = {role: np.array(each.choices, int) for role, each in readings.items()}
         self._locate(cache, table)
-        size = sum(form.size for form in self._forms.values())
-        self.home = choose(residency, size, budget, device, beside)
-        self.homes = [self.home]
+        self._cache = cache
+        self.home: Home
+        self._keeper = next((each for each in beside if each._keeps(self)), None)
+        if self._keeper is None:
+            size = sum(form.size for form in self._forms.values())
+            self.home = choose(residency, size, budget, device, [each.home for each in beside])
+        else:
+            self.home = self._keeper.home
+            kept = {key: number for number, key in enumerate(self._keeper._units)}
+            self._kept_as = np.array([kept[key] for key in self._units], np.int64)
         self._readers = readers or min(4, max(1, (os.cpu_count() or 1) // 2))
         self._kept: Shelf | None = None
         self._shared = shared
+
+    @property
+    def sources(self) -> list[FeatureSource]:
+        """All that it is made of: this one."""
+        return [self]
 
     @property
     def summary(self) -> str:
@@ -101,8 +115,8 @@ class FeatureSource:
     def preload(self) -> None:
         """Bring features that stay into memory now, instead of when batches need them."""
         if self.home.kind != "stream":
-            needs = [[unit] for unit in range(len(self._units))]
-            for _ in arrivals(self._shelf(needs), needs, self._read_unit, self._readers):
+            needs = [[unit] for unit in self._kept_as.tolist()]
+            for _ in arrivals(self._shelf(needs), needs, self._fill, self._readers):
                 pass
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Ints]:
@@ -138,10 +152,22 @@ class FeatureSource:
         return np.array_split(ordered, size)[rank]
 
     def in_order(self, batch_size: int) -> list[Ints]:
-        """All rows once, shard after shard: for evaluation."""
-        main = next(iter(self.readings))
-        order = np.lexsort((self._length[main], self._unit))
-        return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        """All rows once, shard after shard: for evaluation.
+
+        Short ones are more to a batch than in training, so that none takes more memory than
+        `batch_size` of the longest.
+        """
+        length = self._length[next(iter(self.readings))]
+        order = np.lexsort((length, self._unit))
+        most, room = batch_size * MORE, batch_size * int(length.max(initial=0))
+        batches, start = [], 0
+        while start < len(order):
+            ends = start + np.searchsorted(
+                np.cumsum(length[order[start : start + most]]), room, "right"
+            )
+            batches.append(order[start:ends])
+            start = int(ends)
+        return batches
 
     def read(
         self, batches: Sequence[Ints], progress: Callable[[int, int], None] | None = None
@@ -158,9 +184,9 @@ class FeatureSource:
 
         Raises what `Stream.read_shard` raises.
         """
-        needs = [np.unique(self._unit[rows]).tolist() for rows in batches]
+        needs = [self._kept_as[np.unique(self._unit[rows])].tolist() for rows in batches]
         shelf = self._shelf(needs)
-        with closing(arrivals(shelf, needs, self._read_unit, self._readers, progress)) as arrived:
+        with closing(arrivals(shelf, needs, self._fill, self._readers, progress)) as arrived:
             for number in arrived:
                 yield self._gather(batches[number], shelf)
 
@@ -170,6 +196,8 @@ class FeatureSource:
             # In evaluation a batch of many rows may come from more shards than a window has.
             window = max(WINDOW, *map(len, needs), 0)
             return Shelf(self._forms, torch.device("cpu"), window)
+        if self._keeper is not None:
+            return self._keeper._shelf(needs)
         if self._kept is None:
             if self.home.kind == "device":
                 self._kept = Shelf(self._forms, self.device)
@@ -177,6 +205,15 @@ class FeatureSource:
                 commons = self._commons() if self._shared else None
                 self._kept = Shelf(self._forms, torch.device("cpu"), commons=commons)
         return self._kept
+
+    def _keeps(self, other: FeatureSource) -> bool:
+        """Whether all the shards that `other` reads stay in memory here."""
+        taps, others = (
+            {role: (each.stream, each.taps) for role, each in source.readings.items()}
+            for source in (self, other)
+        )
+        held = self._cache is other._cache and set(other._units) <= set(self._units)
+        return held and taps == others and self.home.kind != "stream"
 
     def _commons(self) -> Commons:
         """The rows of these very files, in this order."""
@@ -189,7 +226,11 @@ class FeatureSource:
         taps = {role: [each.stream, each.taps] for role, each in self.readings.items()}
         return Commons(hash_json([files, taps, self._units])[:32], self._forms)
 
-    def _read_unit(self, unit: int, room: Room) -> None:
+    def _fill(self, unit: int, room: Room) -> None:
+        """Read a shard, by its number where it is kept."""
+        if self._keeper is not None:
+            self._keeper._fill(unit, room)
+            return
         split, shard = self._units[unit]
         for role, reading in self.readings.items():
             self._streams[role][split].read_shard(
@@ -226,6 +267,7 @@ class FeatureSource:
         renumber = np.array([order[key] for key in keys], np.int64)
         self._unit = renumber[self._unit]
         self._units = sorted(keys)
+        self._kept_as = np.arange(len(keys))
         self._forms = {role: self._form(role) for role in self.readings}
 
     def _form(self, role: str) -> Form:
@@ -246,7 +288,7 @@ class FeatureSource:
     def _gather(self, rows: Ints, shelf: Shelf) -> Batch:
         streams = {}
         for role, reading in self.readings.items():
-            start = shelf.starts(role, self._unit[rows]) + self._first[role][rows]
+            start = shelf.starts(role, self._kept_as[self._unit[rows]]) + self._first[role][rows]
             if reading.paths is None:
                 length = self._length[role][rows]
                 offset = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)

@@ -9,14 +9,13 @@ from dataclasses import replace
 import torch
 from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.stages import checkpoint
-from sherl_pipe.stages.features import Batch, Ints, Reading
+from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
 from sherl_pipe.stages.group import Group
 from sherl_pipe.stages.halving import Halted, Halving
 from sherl_pipe.stages.memory import PeakMemory
 from sherl_pipe.stages.paired import AnySource
 from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
 from sherl_pipe.stages.progress import Progress, loading, silent
-from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.settings import TuneResult, TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.team import Team
@@ -73,7 +72,7 @@ class Pack:
         self.tuners, self.halving, self.team = list(tuners), halving, team
         self._memory = PeakMemory(first.task.backbone.device)
         self.train, self._training = self._source(train=True)
-        self.held_out, self._evaluation = self._source(train=False, beside=self.train.homes)
+        self.held_out, self._evaluation = self._source(train=False, beside=self.train.sources)
 
     def run(self, progress: Progress = silent) -> list[Outcome]:
         """Train, evaluate, save; goes on from checkpoints of the same tunings.
@@ -139,7 +138,7 @@ class Pack:
             return
         begun = time.perf_counter()
         inputs: dict[int, list[tuple[Ints, torch.Tensor]]] = {place: [] for place in places}
-        batches = self.train.in_order(self.tuners[0].settings.batch_size * 4)
+        batches = self.train.in_order(self.tuners[0].settings.batch_size)
         for number, batch in enumerate(self.train.read(batches)):
             for place in places:
                 streams = _view(batch, self._training[place])
@@ -157,7 +156,7 @@ class Pack:
         """Outputs of batches of the held-out rows, by place of the tuning."""
         found: dict[int, list[tuple[Ints, torch.Tensor]]] = {place: [] for place in places}
         if places:
-            size = self.tuners[0].settings.batch_size * 4
+            size = self.tuners[0].settings.batch_size
             told = loading(progress, "evaluation")
             for batch in self.held_out.read(self.held_out.in_order(size), told):
                 for place in places:
@@ -168,7 +167,7 @@ class Pack:
         return found
 
     def _source(
-        self, *, train: bool, beside: Sequence[Home] = ()
+        self, *, train: bool, beside: Sequence[FeatureSource] = ()
     ) -> tuple[AnySource, list[dict[str, str]]]:
         """One source for all, and for every tuning the source's name of each of its roles."""
         if len(self.tuners) == 1:

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from sherl_pipe.cache import FeatureCache, LabelTable
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Reading
-from sherl_pipe.stages.residency import Home
 
 
 class PairSource:
@@ -21,7 +20,7 @@ class PairSource:
     that a batch needs.
 
     Attributes:
-        homes: where coded rows of images and of texts live.
+        sources: those of images and of texts.
     """
 
     def __init__(
@@ -34,12 +33,11 @@ class PairSource:
         device: torch.device,
         residency: str = "auto",
         readers: int | None = None,
-        beside: Sequence[Home] = (),
+        beside: Sequence[FeatureSource] = (),
         shared: bool = False,
     ) -> None:
         self.readings = dict(readings)
-        self.homes: list[Home] = []
-        self._parts: list[FeatureSource] = []
+        self.sources: list[FeatureSource] = []
         for stream, ids in (("image", table.image_ids), ("text", table.ids)):
             part = FeatureSource(
                 cache,
@@ -49,45 +47,44 @@ class PairSource:
                 device=device,
                 residency=residency,
                 readers=readers,
-                beside=[*beside, *self.homes],
+                beside=[*beside, *self.sources],
                 shared=shared,
             )
-            self._parts.append(part)
-            self.homes += part.homes
+            self.sources.append(part)
 
     @property
     def summary(self) -> str:
         """For people: how big the features are, where they live, and who reads them."""
-        images, texts = (part.summary for part in self._parts)
+        images, texts = (part.summary for part in self.sources)
         return f"images: {images}; texts: {texts}"
 
     def claim(self) -> None:
         """As `FeatureSource.claim`."""
-        for part in self._parts:
+        for part in self.sources:
             part.claim()
 
     def part(self, rows: Ints, rank: int, size: int) -> Ints:
         """As `FeatureSource.part`, by the images."""
-        return self._parts[0].part(rows, rank, size)
+        return self.sources[0].part(rows, rank, size)
 
     def preload(self) -> None:
         """As `FeatureSource.preload`."""
-        for part in self._parts:
+        for part in self.sources:
             part.preload()
 
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[Ints]:
         """The batches of an epoch, as `FeatureSource.epoch` makes them of the images."""
-        return self._parts[0].epoch(seed, epoch, batch_size)
+        return self.sources[0].epoch(seed, epoch, batch_size)
 
     def in_order(self, batch_size: int) -> list[Ints]:
         """All rows once, as `FeatureSource.in_order` orders them by their images."""
-        return self._parts[0].in_order(batch_size)
+        return self.sources[0].in_order(batch_size)
 
     def read(
         self, batches: Sequence[Ints], progress: Callable[[int, int], None] | None = None
     ) -> Generator[Batch, None, None]:
         """Batches with their features, as `FeatureSource.read`."""
-        first, second = (part.read(batches, progress) for part in self._parts)
+        first, second = (part.read(batches, progress) for part in self.sources)
         with closing(first), closing(second):
             for images, texts in zip(first, second, strict=True):
                 yield replace(images, streams={**images.streams, **texts.streams})

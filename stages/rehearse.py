@@ -138,7 +138,7 @@ class _Rehearsal:
             live_seconds=live,
             forward_seconds=forward,
             loaded_tokens=self._loaded_tokens,
-            loaded_bytes=sum(home.size for home in tuner.train.homes),
+            loaded_bytes=sum(each.home.size for each in tuner.train.sources),
             load_seconds=load,
             start_seconds=start,
         )

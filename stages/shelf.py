@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -88,10 +90,7 @@ class Shelf:
             sizes = form.code_bytes, form.scale_bytes
             # Readers are outside of an evaluation's inference mode, and fill tensors made in it.
             with torch.inference_mode(False):
-                codes, scales = (
-                    torch.empty(form.taps, int(rows.sum()), size, dtype=torch.uint8, device=device)
-                    for size in sizes
-                )
+                codes, scales = (_room(form.taps, int(rows.sum()), size, device) for size in sizes)
             self._blocks[role] = codes, scales if form.scale_bytes else None
 
     def claim(self, shards: Collection[int]) -> None:
@@ -148,6 +147,20 @@ class Shelf:
         return _taken(codes, places, device), (
             None if scales is None else _taken(scales, places, device)
         )
+
+
+def _room(taps: int, rows: int, size: int, device: torch.device) -> Tensor:
+    """`[taps, rows, size]` bytes of memory.
+
+    On the host they come from the system and go back to it. In the C library's heap, which keeps
+    what is freed, the next features would not fit where the last ones were.
+    """
+    shape = taps, rows, size
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, math.prod(shape), **own)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
 def _writable(place: Tensor) -> Bytes:

@@ -21,7 +21,6 @@ from sherl_pipe.stages.methods.base import Route, trainable
 from sherl_pipe.stages.optimizer import clip_gradients, make_optimizer
 from sherl_pipe.stages.paired import AnySource, PairSource
 from sherl_pipe.stages.randomness import Randomness
-from sherl_pipe.stages.residency import Home
 from sherl_pipe.stages.retrieval import contrastive
 from sherl_pipe.stages.settings import TuneResult, TuneSettings, schedule
 from sherl_pipe.stages.step import losses as losses
@@ -84,10 +83,14 @@ class Tuner:
     @cached_property
     def held_out(self) -> AnySource:
         """Features of the rows that it is evaluated on."""
-        return self.source(self.readings(train=False), train=False, beside=self.train.homes)
+        return self.source(self.readings(train=False), train=False, beside=self.train.sources)
 
     def source(
-        self, readings: Mapping[str, Reading], *, train: bool, beside: Sequence[Home] = ()
+        self,
+        readings: Mapping[str, Reading],
+        *,
+        train: bool,
+        beside: Sequence[FeatureSource] = (),
     ) -> AnySource:
         """Features of the rows for training, or for evaluation; errors as for `FeatureSource`."""
         table = self.task.train if train else self.task.held_out

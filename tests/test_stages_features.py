@@ -105,6 +105,30 @@ def test_batches_do_not_depend_on_where_features_are(
         assert same_batches(source.read(some), one_by_one(world, source, some)) == len(some)
 
 
+def test_no_batch_of_an_evaluation_is_larger_than_one_of_training_can_be(world: World) -> None:
+    source = sources(world)
+    lengths = next(iter(source._length.values()))
+    for size in (1, 4, 16):
+        batches = source.in_order(size)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+        rows, tokens = zip(*((len(each), lengths[each].sum()) for each in batches), strict=True)
+        assert max(tokens) <= size * lengths.max() and size < max(rows) <= 4 * size
+
+
+@pytest.mark.parametrize("kind", ["host", "stream"])
+def test_rows_of_the_same_shards_are_kept_once(world: World, kind: str) -> None:
+    tuner = world.tuner(Path("unused"), task="alone", residency=kind)
+    for source in (tuner.train, tuner.held_out):
+        batches = source.in_order(16)
+        assert sum(1 for _ in source.read(batches)) == len(batches)
+    beside = tuner.source(tuner.readings(train=False), train=False, beside=[tuner.train])
+    apart = tuner.source(tuner.readings(train=False), train=False)
+    assert (beside._shelf([]) is tuner.train._shelf([])) == (kind == "host")
+    assert apart._shelf([]) is not tuner.train._shelf([])
+    batches = beside.in_order(16)
+    assert same_batches(beside.read(batches), apart.read(batches)) == len(batches)
+
+
 @pytest.mark.parametrize("kind", ["host", "stream"])
 def test_two_readings_at_a_time(world: World, kind: str) -> None:
     source = sources(world, residency=kind)
@@ -195,9 +219,9 @@ def test_a_tuning_tells_of_shards_that_it_waits_for(
         if unit == "shards":
             told.append((what, done, total))
 
-    run(world.tuner(tmp_path, task="alone", residency=kind), progress)
+    run(world.tuner(tmp_path, task="kind", residency=kind), progress)
     assert {what for what, _, _ in told} == {
-        "alone sherl seed 0: loading",
+        "kind sherl seed 0: loading",
         "evaluation: loading",
     }
     assert told[-1][1] == told[-1][2]
@@ -209,10 +233,10 @@ def test_a_tuning_tells_of_shards_that_it_waits_for(
 
 def test_a_home_for_training_and_for_held_out_rows(world: World) -> None:
     def kinds(budget: int, residency: str = "auto") -> tuple[str, str]:
-        tuner = world.tuner(Path("unused"), task="colour", budget=budget, residency=residency)
+        tuner = world.tuner(Path("unused"), task="kind", budget=budget, residency=residency)
         return tuner.train.home.kind, tuner.held_out.home.kind
 
-    tuner = world.tuner(Path("unused"), task="colour")
+    tuner = world.tuner(Path("unused"), task="kind")
     train, held_out = tuner.train.home.size, tuner.held_out.home.size
     assert kinds(MUCH) == kinds(train + held_out) == ("host", "host")
     assert kinds(train + held_out, "host") == ("host", "host")
