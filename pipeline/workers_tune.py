@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,23 @@ class _Told(Callback):
 
 
 def describe(work: Work, each: Share) -> str:
-    """All that a worker needs to know, as JSON."""
-    halving = work.halving
+    """All that a worker needs to know, as JSON; paths start at the root."""
+    halving, config, model = work.halving, work.config, work.model
+    source = config.data.source
+    places: dict[str, Any] = {"cache": config.cache_path}
+    if isinstance(config.cache_path, Path):
+        places["cache"] = config.cache_path.resolve()
+    if source is not None and Path(source).exists():
+        places["data"] = config.data.model_copy(update={"source": str(Path(source).resolve())})
+    copies = config.tune.local_copies
+    own = {"out": config.tune.out.resolve(), "local_copies": copies and copies.resolve()}
+    places["tune"] = config.tune.model_copy(update=own)
     return json.dumps(
         {
-            "config": work.config.model_dump(mode="json"),
-            "model": work.model,
+            "config": config.model_copy(update=places).model_dump(mode="json"),
+            "model": str(Path(model).resolve()) if model and Path(model).is_dir() else model,
             "budget": work.budget,
-            "halving": halving and [str(halving.folder), halving.grace, halving.factor],
+            "halving": halving and [str(halving.folder.resolve()), halving.grace, halving.factor],
             "jobs": [[[task, vars(settings)] for task, settings in job] for job in work.jobs],
             "threads": each.cpus,
             "folder": str(Path.cwd()),
@@ -162,8 +171,10 @@ def describe(work: Work, each: Share) -> str:
 
 
 def settle(described: dict[str, Any]) -> None:
-    """Go where the user's paths start: Ray leads a worker into another folder for every pass."""
-    os.chdir(described["folder"])
+    """Go where the command was typed, if that folder is on this machine: the model's name in the
+    cache may be a path from there. Ray leads a worker into another folder for every pass."""
+    with suppress(OSError):
+        os.chdir(described["folder"])
 
 
 def opened(described: dict[str, Any], **how: Any) -> Passes:

@@ -268,7 +268,7 @@ class FeatureSource:
         self._unit = renumber[self._unit]
         self._units = sorted(keys)
         self._kept_as = np.arange(len(keys))
-        self._forms = {role: self._form(role) for role in self.readings}
+        self._forms: dict[str, Form] = {role: self._form(role) for role in self.readings}
 
     def _form(self, role: str) -> Form:
         """What the coded rows of a role are made of."""

@@ -22,6 +22,9 @@ from model_tools import save_model, write_data
 from sherl_pipe.cache import InputError
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.sweep import variants
+from sherl_pipe.pipeline.tuning import Work
+from sherl_pipe.stages.halving import Halving
+from sherl_pipe.stages.settings import TuneSettings
 
 TUNE = {"epochs": 2, "batch_size": 16, "reduction": 1, "seed": [0], "tasks": ["colour"]}
 GRID = {"space": {"method": ["sherl", "linear"], "lr": [0.003, 0.01]}}
@@ -209,6 +212,37 @@ def test_workers_end_where_one_process_ends_though_one_is_killed(calm: dict[str,
     assert {row["status"] for row in rows} == {"finished"}
     assert adapters("two") == calm
     assert not Path("two/.ray-tune").exists() and not alive(process)
+
+
+def test_a_worker_need_not_have_the_folder_that_a_command_is_typed_in(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sherl_pipe.pipeline.workers import Share
+    from sherl_pipe.pipeline.workers_tune import describe, job_of, opened, settle
+
+    config = make_config(
+        {
+            "cache": "cache",
+            "data": {"source": "data"},
+            "tune": {**TUNE, "out": "far", "local_copies": "copies"},
+        },
+        "here",
+    )
+    settings = TuneSettings(method="linear", reduction=1, late=0, init="random", epochs=1)
+    halving = Halving(Path("far/.rungs"), 1, 2)
+    work = Work(config, "model", [[("colour", settings)]], halving, 1 << 30)
+    described = json.loads(describe(work, Share(2, 1, 0)))
+    settle(described)
+    assert Path.cwd() == made
+    described["folder"] = str(tmp_path / "not-here")
+    monkeypatch.chdir(tmp_path)
+    settle(described)
+    (result,) = opened(described).run(job_of(described, 0))
+    assert Path.cwd() == tmp_path and not any(tmp_path.iterdir())
+    assert Path(result.folder) == made / "far" / "colour" / settings.name
+    assert described["config"]["data"]["source"] == str(made / "data")
+    assert described["config"]["tune"]["local_copies"] == str(made / "copies")
+    assert described["halving"][0] == str(made / "far" / ".rungs")
 
 
 @pytest.mark.slow

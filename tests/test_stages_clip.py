@@ -15,6 +15,7 @@ from sherl_pipe.cache import FeatureCache, InputError, LabelTable
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
+from sherl_pipe.stages import group
 from sherl_pipe.stages.adapter import TunedModel, load_route
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import load_sources
@@ -29,6 +30,7 @@ from sherl_pipe.stages.tune import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPProcessor
+from tune_tools import Stopped, recorder, run, same, weights
 
 QUIET = Bars(None)
 Setting = dict[str, Any]
@@ -168,7 +170,7 @@ def test_a_lossy_cache_is_near(setting: Setting, tmp_path: Path) -> None:
     assert 0 < (first - second).abs().max() < 0.05
 
 
-def test_resumes_from_an_adapter(setting: Setting, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_as_it_was_saved(setting: Setting, tmp_path: Path) -> None:
     tuner = make_tuner(setting, tmp_path / "run")
     outputs = tuner.outputs(tuner.held_out, 100)
     result = tuner.finish(outputs, seconds=0.0, seconds_per_epoch=0.0, peak_mib=0.0)
@@ -184,6 +186,25 @@ def test_resumes_from_an_adapter(setting: Setting, tmp_path: Path) -> None:
     table = tuner.task.train
     tuner.task.train = replace(table, images=table.images[::-1])
     assert tuner.finished() is None
+
+
+def test_a_stopped_tuning_ends_with_the_same_weights(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
+
+    def tuner(name: str) -> Tuner:
+        return make_tuner(setting, tmp_path / name, shaken=False, epochs=3)
+
+    seen: list[int] = []
+    whole = run(tuner("whole"), recorder(seen))
+    for stop in (1, len(seen) // 2 + 1):
+        with pytest.raises(Stopped):
+            run(tuner(str(stop)), recorder([], stop))
+        resumed: list[int] = []
+        assert same(run(tuner(str(stop)), recorder(resumed)), whole)
+        assert resumed == list(range(stop, len(seen) + 1))
+        assert weights(tmp_path / str(stop)) == weights(tmp_path / "whole")
 
 
 def test_streamed_batches_are_the_same(setting: Setting, tmp_path: Path) -> None:
