@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
+from sherl_pipe.stages.memory import keep_freed_memory, return_freed_memory
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -217,8 +218,14 @@ def arrivals(
             for shard in wanted:
                 if shard not in shelf.there and shard not in coming:
                     coming[shard] = pool.submit(shelf.bring, shard, fill)
+            filling = shelf.window is None and bool(coming)
+            if filling:
+                return_freed_memory()
             for number in numbers:
                 _await([coming.pop(s) for s in needs[number] if s in coming], progress)
+                if filling and not coming:
+                    filling = False
+                    keep_freed_memory()
                 yield number
     finally:
         # Threads are over when the interpreter ends, and what stops them is taken down by then.
