@@ -5,7 +5,7 @@ features in host memory. Every process of the command counts, Ray's own included
 several of them map counts once (PSS, proportional set size). The figure is the largest of a run,
 looked at twice a second::
 
-    python benchmarks/shared_memory.py                  # 3 GiB of features
+    python benchmarks/shared_memory.py                  # 8 GiB of features
     python benchmarks/shared_memory.py --rows 400       # does it still work?
 """
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=7000, help="texts of the corpus")
+    parser.add_argument("--rows", type=int, default=16000, help="texts of the corpus")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
