@@ -39,6 +39,10 @@ OBJECT_STORE_BYTES = 100 << 20
 PROBE_SECONDS = 5.0
 # Ray gives up a start after 30 s, which a machine that is busy with other things may need.
 START_TRIES = 3
+_JOIN = (
+    "Start one with `ray start --head`. If that one wants a token, as Ray's newer ones may, set "
+    "RAY_AUTH_MODE=token and have its ~/.ray/auth_token on this machine too (docs/cluster.md). "
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _start(
         where = "on this machine" if address is None else f"at {address}"
         raise WorkerError(
             f"no Ray cluster {where} ({' '.join(str(error).split())[:200]}). "
-            + ("" if address is None else "Start one with `ray start --head`; ")
+            + ("" if address is None else _JOIN)
             + "`ray status` says whether one runs."
         ) from error
     finally:
