@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModel,
     BartConfig,
     BartForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -175,6 +176,8 @@ def _processor(family: str) -> Any:
 
 def make_tokenizer(family: str, words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     special = ["<pad>", "</s>", "<unk>", "<s>"]
+    if family == "qwen2":  # it is loaded as this class, whatever is saved
+        return _byte_level(special, words)
     if family == "mpnet":  # its padding is 1, whatever its config says
         special = ["<s>", "<pad>", "</s>", "<unk>"]
     ordered = [*special, *words]
@@ -207,6 +210,22 @@ def make_tokenizer(family: str, words: list[str] = WORDS) -> PreTrainedTokenizer
         eos_token="</s>",
         unk_token="<unk>",
         model_input_names=kinds,
+    )
+
+
+def _byte_level(special: list[str], words: list[str]) -> Qwen2Tokenizer:
+    """Merges that make one token of every word, at the start of a text and behind a space."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(special_tokens=special, show_progress=False)
+    backend.train_from_iterator([text for word in words for text in (word, f" {word}")], trainer)
+    model = json.loads(backend.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 

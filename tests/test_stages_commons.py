@@ -150,8 +150,8 @@ def test_tunings_are_the_same_from_shared_rows(
     world: World, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
-    alone = run(world.tuner(tmp_path / "alone"))
-    tuner = world.tuner(tmp_path / "shared", shared=True)
+    alone = run(world.tuner(tmp_path / "alone", task="kind"))
+    tuner = world.tuner(tmp_path / "shared", task="kind", shared=True)
     assert "shared" in tuner.train.summary
     assert run(tuner).metrics == alone.metrics
     assert weights(tmp_path / "alone") == weights(tmp_path / "shared")
