@@ -47,8 +47,8 @@ def extracted(config: RunConfig) -> tuple[int, float]:
     loading: list[float] = []
     prepare = opening.prepare
 
-    def noted(config: RunConfig) -> opening.Prepared:
-        ready = prepare(config)
+    def noted(config: RunConfig, bars: Bars) -> opening.Prepared:
+        ready = prepare(config, bars)
         loading.append(ready.loading_seconds)
         return ready
 
