@@ -209,6 +209,16 @@ class RunConfig(Section):
         return Path("cache") / ("glue" if source.startswith("glue/") else name)
 
 
+def place_from_root(place: Place) -> Place:
+    """A cache's place for a process in another folder."""
+    return place.resolve() if isinstance(place, Path) else place
+
+
+def model_from_root(name: str) -> str:
+    """A model's name for a process in another folder: the whole path where it is a folder here."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def make_config(values: Mapping[str, Any], where: str) -> RunConfig:
     """Validate. Raises InputError naming the key, with the nearest known one if it is unknown."""
     try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from sherl_pipe.cache import CacheWriter
 from sherl_pipe.cache.fence import admit
 from sherl_pipe.pipeline.actor import Setup
-from sherl_pipe.pipeline.config import RunConfig
+from sherl_pipe.pipeline.config import RunConfig, model_from_root, place_from_root
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.crew import Engine, employed, lost_error
 from sherl_pipe.pipeline.opening import Prepared
@@ -68,12 +67,10 @@ def with_workers(
     engine: Engine, options: dict[str, int], ready: Prepared, writer: CacheWriter, bars: Bars
 ) -> Iterator[Extractor]:
     """Workers that `engine` runs; `options` as those of `Workers`."""
-    config, path = ready.config, ready.path
-    if isinstance(path, Path):
-        path = path.resolve()  # workers need not start in this folder
-    model = Path(config.model)
+    # Workers need not start in this folder.
+    config, path = ready.config, place_from_root(ready.path)
     setup = Setup(
-        model=str(model.resolve()) if model.is_dir() else config.model,
+        model=model_from_root(config.model),
         revision=ready.backbone.revision or config.revision,
         dtype=config.extract.dtype,
         device="cuda" if options["gpus"] else "cpu",

@@ -18,7 +18,7 @@ from typing import Any
 
 from sherl_pipe.cache import SherlPipeError, WorkerError
 from sherl_pipe.cache import errors as known_errors
-from sherl_pipe.pipeline.config import RunConfig, make_config
+from sherl_pipe.pipeline.config import RunConfig, make_config, model_from_root, place_from_root
 from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.passes import Asked, Passes, outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Job, Work
@@ -149,9 +149,7 @@ def describe(work: Work, each: Share) -> str:
     """All that a worker needs to know, as JSON; paths start at the root."""
     halving, config, model = work.halving, work.config, work.model
     source = config.data.source
-    places: dict[str, Any] = {"cache": config.cache_path}
-    if isinstance(config.cache_path, Path):
-        places["cache"] = config.cache_path.resolve()
+    places: dict[str, Any] = {"cache": place_from_root(config.cache_path)}
     if source is not None and Path(source).exists():
         places["data"] = config.data.model_copy(update={"source": str(Path(source).resolve())})
     copies = config.tune.local_copies
@@ -160,7 +158,7 @@ def describe(work: Work, each: Share) -> str:
     return json.dumps(
         {
             "config": config.model_copy(update=places).model_dump(mode="json"),
-            "model": str(Path(model).resolve()) if model and Path(model).is_dir() else model,
+            "model": model and model_from_root(model),
             "budget": work.budget,
             "halving": halving and [str(halving.folder.resolve()), halving.grace, halving.factor],
             "jobs": [[[task, vars(settings)] for task, settings in job] for job in work.jobs],

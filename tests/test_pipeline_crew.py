@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import sherl_pipe.pipeline
 from cache_tools import identity, write_split
 from cli_tools import done, refused, sherl
 from model_tools import save_model
@@ -221,10 +222,14 @@ def no_ray() -> Iterator[None]:
     hidden = {name: None for name in sys.modules if name == "ray" or name.startswith("ray.")}
     with patch.dict(sys.modules, {**hidden, "ray": None}):  # type: ignore[dict-item]
         saved = sys.modules.pop(mine, None)
+        # `from sherl_pipe.pipeline import workers` would find it there too.
+        vars(sherl_pipe.pipeline).pop("workers", None)
         yield
         sys.modules.pop(mine, None)
+        vars(sherl_pipe.pipeline).pop("workers", None)
         if saved is not None:
             sys.modules[mine] = saved
+            vars(sherl_pipe.pipeline)["workers"] = saved
 
 
 def test_both_stages_run_without_ray(world: Path, no_ray: None) -> None:
