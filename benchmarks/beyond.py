@@ -36,7 +36,7 @@ from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tune import Tuner
 
 from cached import sherl_pipe
-from glue_tasks import BATCH_SIZE, MAX_LENGTH, SHUFFLE_SEED, TASKS, read_rows
+from glue_tasks import BATCH_SIZE, MAX_LENGTH, SHUFFLE_SEED, TASKS, holdout_rows, read_rows
 from minilm_glue import REPOSITORY
 from records import Record, markdown, mean_sd, read_records
 from training import cpu_model
@@ -44,31 +44,31 @@ from variants import SOME, VARIANTS, Variant, even, greedy, redundancy, register
 
 LOG = logging.getLogger("beyond")
 TRAIN_ROWS, HELD_ROWS = 900, 300
-WORK = REPOSITORY / "build" / f"beyond-{TRAIN_ROWS}"
 EPOCHS = 3
 SEEDS = (0, 1, 2)
-RATES = (0.002, 0.006)
+RATES = (0.002, 0.006, 0.018)
 BUDGET = 1 << 30
 # On RTE every method but full fine-tuning is near chance (docs/results.md).
 MEASURED = ("cola", "sst2", "stsb")
 
 
-def extracted(name: str, data: Path) -> Path:
-    """The cache of a task with all taps; made the first time."""
+def extracted(name: str, data: Path, work: Path) -> Path:
+    """The cache of a task with all taps, below `work`; made the first time."""
     rows = read_rows(data / name / "train.jsonl")
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(rows))[: TRAIN_ROWS + HELD_ROWS]
     chosen = [rows[i] for i in order]
+    held = holdout_rows(len(chosen), HELD_ROWS)
     parts = {
-        "train": chosen[HELD_ROWS:],
-        "validation": chosen[:HELD_ROWS],  # which rates are chosen on
+        "train": chosen[held:],
+        "validation": chosen[:held],  # which rates are chosen on
         "test": read_rows(data / name / "validation.jsonl"),
     }
-    folder = WORK / "data" / name
+    folder = work / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
     for role, part in parts.items():
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{role}.jsonl").write_text(text, encoding="utf-8")
-    cache = WORK / "cache" / name
+    cache = work / "cache" / name
     options = {"--model": get_model_path(), "--data": folder.parent, "--task": name}
     options |= {"--cache": cache, "--max-length": MAX_LENGTH, "--taps": "all"}
     sherl_pipe(["extract", *(str(part) for pair in options.items() for part in pair)])
@@ -95,12 +95,13 @@ class Series:
     Args:
         name: of the task.
         data: folder of GLUE.
+        work: folder of the cache.
         results: where finished tunings are kept.
     """
 
-    def __init__(self, name: str, data: Path, results: Path) -> None:
+    def __init__(self, name: str, data: Path, work: Path, results: Path) -> None:
         self.name, self.results = name, results
-        self.cache = FeatureCache.open(extracted(name, data))
+        self.cache = FeatureCache.open(extracted(name, data, work))
         blocks = self.cache.identity.streams["hidden"].blocks
         self.taps = choices(self.cache, name, blocks - VARIANTS["default"].late)
         register(self.taps)
@@ -159,10 +160,12 @@ class Series:
 
     def _copy(self, other: str, variant: str) -> None:
         records = read_records(self.results)
-        if not matching(records, variant, self.name):
-            with self.results.open("a", encoding="utf-8") as lines:
-                for record in matching(records, other, self.name):
-                    lines.write(json.dumps({**record, "variant": variant}) + "\n")
+        there = matching(records, variant, self.name)
+        with self.results.open("a", encoding="utf-8") as lines:
+            for record in matching(records, other, self.name):
+                copied = {**record, "variant": variant}
+                if copied not in there:
+                    lines.write(json.dumps(copied) + "\n")
 
     def _score(self, task: Task, tuner: Tuner) -> float:
         """On GLUE's validation rows."""
@@ -207,7 +210,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Tune every variant on every task."""
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.tasks:
-        series = Series(name, arguments.data, arguments.results)
+        series = Series(name, arguments.data, arguments.folder, arguments.results)
         for variant in arguments.variants:
             series.run(variant, VARIANTS[variant])
 
@@ -257,6 +260,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
         "--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue", help="GLUE"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=REPOSITORY / "build" / f"beyond-{TRAIN_ROWS}",
+        help="of the caches",
     )
     parser.add_argument(
         "--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "beyond.jsonl"

@@ -30,15 +30,14 @@ def run() -> int:
     try:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Abort:
-        return _say_error("interrupted; run the same command again to go on", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt, Terminated) as error:
+        return _say_stopped(error)
     except click.ClickException as error:
         return _say_usage(error)
-    except KeyboardInterrupt:
-        return _say_error("interrupted; run the same command again to go on", 130)
-    except Terminated:
-        return _say_error("terminated; run the same command again to go on", 143)
     except Exception as error:  # noqa: BLE001 - the last line of defence: no bare traceback
+        # A handler that raised within compiled code of Ray may come out as a SystemError.
+        if isinstance(error.__cause__, (KeyboardInterrupt, Terminated)):
+            return _say_stopped(error.__cause__)
         if os.environ.get(DEBUG):
             raise
         # Here and not above: the package takes longer to import than `--help` may take.
@@ -49,6 +48,11 @@ def run() -> int:
         text = " ".join(str(error).split())
         kind = type(error).__name__
         return _say_error(f"unexpected {kind}: {text}. Run with --debug for the traceback", 1)
+
+
+def _say_stopped(error: BaseException) -> int:
+    word, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+    return _say_error(f"{word}; run the same command again to go on", code)
 
 
 def _say_usage(error: click.ClickException) -> int:

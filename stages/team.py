@@ -58,7 +58,7 @@ class Team:
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by the sum over all processes; None where no process has one."""
         sizes = [parameter.numel() for parameter in parameters]
-        flat = torch.zeros(sum(sizes) + len(sizes), device=self.device)
+        flat = parameters[0].new_zeros(sum(sizes) + len(sizes))
         parts = flat.split([*sizes, len(sizes)])
         for place, (parameter, part) in enumerate(zip(parameters, parts, strict=False)):
             if parameter.grad is not None:

@@ -120,7 +120,9 @@ class PrefixTree:
         paths = torch.tensor(path_of)
         size = len(path_of)
         seen = (paths[:, None] == paths[None, :]) & torch.ones(size, size, dtype=torch.bool).tril()
-        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+        return torch.zeros(size, size, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
+            None, None
+        ]
 
     def first_places(self) -> Tensor:
         """For every node, its first place among the flat paths, `[nodes]`."""
