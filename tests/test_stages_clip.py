@@ -30,7 +30,7 @@ from sherl_pipe.stages.tune import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPProcessor
-from tune_tools import Stopped, recorder, run, same, weights
+from tune_tools import goes_on, halfway
 
 QUIET = Bars(None)
 Setting = dict[str, Any]
@@ -196,15 +196,7 @@ def test_a_stopped_tuning_ends_with_the_same_weights(
     def tuner(name: str) -> Tuner:
         return make_tuner(setting, tmp_path / name, shaken=False, epochs=3)
 
-    seen: list[int] = []
-    whole = run(tuner("whole"), recorder(seen))
-    for stop in (1, len(seen) // 2 + 1):
-        with pytest.raises(Stopped):
-            run(tuner(str(stop)), recorder([], stop))
-        resumed: list[int] = []
-        assert same(run(tuner(str(stop)), recorder(resumed)), whole)
-        assert resumed == list(range(stop, len(seen) + 1))
-        assert weights(tmp_path / str(stop)) == weights(tmp_path / "whole")
+    goes_on(tuner("whole"), tuner, halfway)
 
 
 def test_streamed_batches_are_the_same(setting: Setting, tmp_path: Path) -> None:

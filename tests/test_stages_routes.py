@@ -27,11 +27,11 @@ from sherl_pipe.stages.settings import TuneResult
 from sherl_pipe.stages.tune import losses
 from tune_tools import (
     MUCH,
-    Stopped,
     World,
+    goes_on,
+    halfway,
     make_world,
     opened_for,
-    recorder,
     run,
     same,
     usual,
@@ -92,16 +92,11 @@ def test_a_stopped_tuning_ends_with_the_same_weights(
     world = worlds(method)
     how = settings(world, method)
     monkeypatch.setattr(group, "CHECKPOINT_SECONDS", 0)
-    seen: list[int] = []
-    whole = run(world.tuner(tmp_path / "whole", **how), recorder(seen))
-    for stop in (1, len(seen) // 2 + 1):
-        folder = tmp_path / str(stop)
-        with pytest.raises(Stopped):
-            run(world.tuner(folder, budget=budget, **how), recorder([], stop))
-        resumed: list[int] = []
-        result = run(world.tuner(folder, budget=budget, **how), recorder(resumed))
-        assert resumed == list(range(stop, len(seen) + 1))
-        assert weights(folder) == weights(tmp_path / "whole") and same(result, whole)
+    goes_on(
+        world.tuner(tmp_path / "whole", **how),
+        lambda name: world.tuner(tmp_path / name, budget=budget, **how),
+        halfway,
+    )
 
 
 def test_one_pass_ends_where_separate_runs_end(worlds: Worlds, method: str, tmp_path: Path) -> None:

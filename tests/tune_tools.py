@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,3 +157,29 @@ def weights(folder: Path) -> bytes:
 
 def same(first: TuneResult, second: TuneResult) -> bool:
     return (first.metrics, first.score) == (second.metrics, second.score)
+
+
+def goes_on(
+    whole: Tuner, again: Callable[[str], Tuner], stops: Callable[[int], Sequence[int]]
+) -> None:
+    """Assert that what `again` makes, in the folder of that name beside `whole`'s, ends like it
+    after a stop at each of the steps that `stops` chooses from so many."""
+    seen: list[int] = []
+    result = run(whole, recorder(seen))
+    assert seen == list(range(1, len(seen) + 1))
+    for stop in stops(len(seen)):
+        with pytest.raises(Stopped):
+            run(again(str(stop)), recorder([], stop))
+        folder = again(str(stop)).folder
+        assert not (folder / "adapter.safetensors").exists()
+        resumed: list[int] = []
+        # The step in flight is all that was lost.
+        assert same(run(again(str(stop)), recorder(resumed)), result)
+        assert resumed == list(range(stop, len(seen) + 1))
+        assert weights(folder) == weights(whole.folder)
+        assert not (folder / "checkpoint.bin").exists()
+
+
+def halfway(total: int) -> tuple[int, int]:
+    """The first step, and one in the middle."""
+    return 1, total // 2 + 1
