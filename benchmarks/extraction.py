@@ -29,10 +29,11 @@ from sherl_pipe.cache import CODECS, CacheWriter
 from sherl_pipe.cache.layout import assign, shard_capacity
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.opening import Prepared, prepare
-from sherl_pipe.stages.extract import Extractor, inputs_of, pad_id
-from sherl_pipe.stages.inputs import read_inputs
+from sherl_pipe.stages.extract import Extractor
+from sherl_pipe.stages.inputs import pad_id, read_inputs
 from sherl_pipe.stages.memory import PeakMemory, share_one_arena
 from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.splits import inputs_of
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.tokens import Tokens
 
@@ -41,7 +42,7 @@ from t5_rows import REPOSITORY, Bench
 from training import cpu_model
 
 ROWS = {"MiniLM": 8000, "t5-base": 1000}
-MEMORY_ROWS = 1600
+MEMORY_ROWS = 6400
 
 
 def prepared(model: Path, data: Path, codec: str, folder: Path) -> Prepared:
@@ -61,7 +62,8 @@ def texts(data: Path, folder: Path, rows: int) -> Path:
     lines: list[str] = []
     for task in ("cola", "sst2"):
         text = (data / task / "train.jsonl").read_text(encoding="utf-8")
-        lines += text.splitlines()[: rows // 2]
+        # Half of them each; CoLA has fewer than half of many.
+        lines += text.splitlines()[: rows // 2 if task == "cola" else rows - len(lines)]
     file = folder / "data" / "mixed" / "train.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = [json.dumps({"sentence": json.loads(line)["sentence"]}) for line in lines]

@@ -26,7 +26,7 @@ from sherl_pipe.pipeline import opening, planning, report_plan, steps, tuning
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.stages.adapter import TunedModel
-from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.inputs import pad_id
 from sherl_pipe.stages.survey import survey
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.tokens import Tokens

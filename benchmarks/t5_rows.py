@@ -169,7 +169,7 @@ def live_sherl(bench: Bench) -> Record:
     from sherl_pipe.stages.adapter import TunedModel
     from sherl_pipe.stages.backbone import Backbone
     from sherl_pipe.stages.methods import METHODS
-    from sherl_pipe.stages.methods.base import RouteSpec
+    from sherl_pipe.stages.methods.route import RouteSpec
 
     def prepare(model: Any) -> nn.Module:
         backbone = Backbone(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def main() -> None:
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def row_of(name: str, row: dict[str, Any]) -> dict[str, Any]:
+def row_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as GLUE's task `name` has it; a pair is a text and its first half."""
     spec, text = TASKS[name], str(row["sentence"])
     texts = dict(zip(spec.fields, (text, text[: len(text) // 2]), strict=False))

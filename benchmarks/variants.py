@@ -13,7 +13,7 @@ import torch
 from sherl_pipe.cache import FeatureCache
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.methods import METHODS
-from sherl_pipe.stages.methods.base import RouteSpec
+from sherl_pipe.stages.methods.route import RouteSpec
 from sherl_pipe.stages.methods.sherl import Sherl
 from torch import nn
 

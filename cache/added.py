@@ -13,16 +13,9 @@ from dataclasses import replace
 from sherl_pipe.cache import catalogue
 from sherl_pipe.cache.errors import CorruptCacheError, explain, hint, shown
 from sherl_pipe.cache.manifest import METADATA, read_root
-from sherl_pipe.cache.schema import (
-    ADDED_VERSION,
-    DECLARATIONS,
-    Identity,
-    StreamSpec,
-    declaration,
-    seal,
-    take,
-    unseal,
-)
+from sherl_pipe.cache.names import DECLARATIONS, declaration
+from sherl_pipe.cache.schema import ADDED_VERSION, Identity, StreamSpec
+from sherl_pipe.cache.sealed import seal, take, unseal
 from sherl_pipe.cache.stores import Store
 
 

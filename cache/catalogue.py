@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from sherl_pipe.cache.fingerprint import canonical_json
 from sherl_pipe.cache.manifest import MANIFEST, PLAN, RECEIPTS
-from sherl_pipe.cache.schema import DECLARATIONS, seal, take, unseal
+from sherl_pipe.cache.names import DECLARATIONS
+from sherl_pipe.cache.sealed import seal, take, unseal
 from sherl_pipe.cache.store import is_partial
 from sherl_pipe.cache.stores import Store
 

@@ -14,7 +14,8 @@ from sherl_pipe.cache import catalogue
 from sherl_pipe.cache.catalogue import LABELS as FOLDER
 from sherl_pipe.cache.errors import CorruptCacheError, InputError, explain, hint, shown
 from sherl_pipe.cache.fingerprint import ID_BYTES
-from sherl_pipe.cache.schema import check_part, seal, take, unseal
+from sherl_pipe.cache.names import check_part
+from sherl_pipe.cache.sealed import seal, take, unseal
 from sherl_pipe.cache.stores import Store
 
 KINDS = ("classification", "regression", "text", "retrieval")

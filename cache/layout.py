@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from sherl_pipe.cache.codecs import Codec
 from sherl_pipe.cache.errors import CorruptCacheError, InputError
-from sherl_pipe.cache.schema import MAX_ROWS, StreamSpec, bounded
+from sherl_pipe.cache.schema import MAX_ROWS, StreamSpec
+from sherl_pipe.cache.sealed import bounded
 
 Index = npt.NDArray[np.int64]
 

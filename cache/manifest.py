@@ -24,19 +24,10 @@ from sherl_pipe.cache.errors import (
     shown,
 )
 from sherl_pipe.cache.fingerprint import ID_BYTES
+from sherl_pipe.cache.names import declaration, stream_number
 from sherl_pipe.cache.record import FileRecord as FileRecord
-from sherl_pipe.cache.schema import (
-    ATTRIBUTE,
-    MAX_ROWS,
-    Identity,
-    StreamSpec,
-    bounded,
-    declaration,
-    stream_number,
-    stream_version,
-    take,
-    unseal,
-)
+from sherl_pipe.cache.schema import ATTRIBUTE, MAX_ROWS, Identity, StreamSpec, stream_version
+from sherl_pipe.cache.sealed import bounded, take, unseal
 from sherl_pipe.cache.stores import Store
 
 METADATA, MANIFEST, PLAN, RECEIPTS = "zarr.json", "manifest.json", "plan.json", "receipts"

@@ -28,8 +28,9 @@ from sherl_pipe.cache.manifest import (
     read_root,
     restore,
 )
+from sherl_pipe.cache.names import stream_kind, stream_number
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import Identity, StreamSpec, stream_kind, stream_number
+from sherl_pipe.cache.schema import Identity, StreamSpec
 from sherl_pipe.cache.store import is_partial
 from sherl_pipe.cache.stores import Store, open_store
 from sherl_pipe.cache.stream import Stream

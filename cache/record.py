@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sherl_pipe.cache.fingerprint import hash_bytes
-from sherl_pipe.cache.schema import MAX_ROWS, bounded, take
+from sherl_pipe.cache.schema import MAX_ROWS
+from sherl_pipe.cache.sealed import bounded, take
 
 
 @dataclass(frozen=True)

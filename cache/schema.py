@@ -1,135 +1,28 @@
-"""What the metadata files of a cache hold, and their validation.
-
-Every JSON file of a cache that is not Zarr's own is *sealed*: `{"body": ..., "sha256": ...}`, so
-that a flipped bit in it is found before anything in it is believed.
-"""
+"""What a cache says of its features, and the validation of it."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from sherl_pipe.cache.codecs import Codec, codec_from_json
-from sherl_pipe.cache.errors import (
-    CorruptCacheError,
-    InputError,
-    StaleCacheError,
-    UnsafeError,
-    explain,
-    shown,
-)
-from sherl_pipe.cache.fingerprint import canonical_json, hash_bytes, hash_json
+from sherl_pipe.cache.errors import CorruptCacheError, InputError, StaleCacheError, explain, shown
+from sherl_pipe.cache.fingerprint import hash_json
+from sherl_pipe.cache.names import check_part, stream_kind, stream_number
+from sherl_pipe.cache.sealed import bounded, take
 
 FORMAT_VERSION = 1
 # Of streams of added taps: a reader that knows format 1 alone refuses a cache that has some.
 ADDED_VERSION = 2
 ATTRIBUTE = "sherl_pipe"
-DECLARATIONS = "_taps"
-MAX_NAME_BYTES = 128
 # Bounds no honest cache reaches; beyond them metadata is refused before memory is reserved.
 MAX_TAPS, MAX_WIDTH, MAX_ROWS = 4096, 1 << 20, 1 << 40
-
-T = TypeVar("T")
-
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
-_ADDED = re.compile(r"(.+)\.([1-9][0-9]{0,8})\Z")
-
-
-def check_name(name: str, what: str = "split") -> str:
-    """`name` if it is safe as a path of folders below the cache; else UnsafeError."""
-    parts = name.split("/")
-    if "zarr.json" in parts:
-        raise UnsafeError(
-            f"{what} name {shown(name)}: 'zarr.json' is the name of Zarr's own files. Rename it."
-        )
-    return _check_parts(name, parts, what)
-
-
-def check_part(name: str, what: str) -> str:
-    """`name` if it is safe as one file or folder; else UnsafeError."""
-    return _check_parts(name, [name], what)
-
-
-def _check_parts(name: str, parts: list[str], what: str) -> str:
-    size = len(name.encode("utf-8", "replace"))
-    if size > MAX_NAME_BYTES or not all(map(_PART.match, parts)):
-        raise UnsafeError(
-            explain(
-                f"{what} name {shown(name)}",
-                expected=f"letters, digits, '.', '_', '-' (begins with a letter or digit, at "
-                f"most {MAX_NAME_BYTES} bytes)",
-                found="something else",
-                todo="Rename it.",
-            )
-        )
-    return name
-
-
-def stream_kind(stream: str) -> str:
-    """The entry of `Identity.streams` that describes a stream: `decoder` of `decoder-1a2b3c4d`, and
-    of `decoder-1a2b3c4d.1`."""
-    return stream_number(stream)[0].split("-", 1)[0]
-
-
-def stream_number(stream: str) -> tuple[str, int]:
-    """The stream whose added taps a stream holds, and of which addition: `hidden`, 2 of `hidden.2`;
-    0 for a stream of the first extraction."""
-    match = _ADDED.match(stream)
-    return (match[1], int(match[2])) if match else (stream, 0)
 
 
 def stream_version(stream: str) -> int:
     """The format of a stream's plan and manifest."""
     return ADDED_VERSION if stream_number(stream)[1] else FORMAT_VERSION
-
-
-def declaration(number: int) -> str:
-    """Key of the file that says what the n-th addition holds."""
-    return f"{DECLARATIONS}/{number}.json"
-
-
-def take(body: Any, name: str, kind: type[T], path: str) -> T:
-    """The field `name` of a JSON object, which must be of exactly this type.
-
-    Raises CorruptCacheError naming `path` and the field.
-    """
-    value = body.get(name) if isinstance(body, dict) else None
-    if type(value) is not kind:  # isinstance would take true for a number
-        raise CorruptCacheError(
-            explain(f"{path}: field {name!r}", expected=kind.__name__, found=shown(value))
-        )
-    return value
-
-
-def seal(body: Any) -> bytes:
-    """The bytes of a sealed JSON file."""
-    text = canonical_json(body)
-    return b'{"body":' + text + b',"sha256":"' + hash_bytes(text).encode() + b'"}\n'
-
-
-def unseal(data: bytes, path: str) -> Any:
-    """The body of a sealed file. Raises CorruptCacheError naming `path`."""
-    try:
-        outer = json.loads(data)
-        body, found = outer["body"], outer["sha256"]
-        written = seal(body)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCacheError(
-            explain(f"{path} is damaged", expected="sealed JSON", found=type(error).__name__)
-        ) from error
-    # The bytes and not the hash alone: one bit makes 1E-05 of 1e-05, which is the same number.
-    if data != written:
-        raise CorruptCacheError(
-            explain(
-                f"{path} is damaged: sha256 or form",
-                expected=shown(found),
-                found=shown(hash_json(body)),
-            )
-        )
-    return body
 
 
 @dataclass(frozen=True)
@@ -340,10 +233,3 @@ class Identity:
                         "another --cache.",
                     )
                 )
-
-
-def bounded(value: int, low: int, high: int, what: str) -> int:
-    """`value` if it lies in the bounds; else UnsafeError."""
-    if not low <= value <= high:
-        raise UnsafeError(explain(what, expected=f"{low} to {high}", found=shown(value)))
-    return value

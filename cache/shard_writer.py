@@ -13,7 +13,8 @@ import numpy.typing as npt
 from sherl_pipe.cache.arrays import ArraySpec
 from sherl_pipe.cache.codecs import Codes, Scales
 from sherl_pipe.cache.manifest import FileRecord, Records, StreamFiles, read_receipt, receipt_key
-from sherl_pipe.cache.schema import Identity, seal
+from sherl_pipe.cache.schema import Identity
+from sherl_pipe.cache.sealed import seal
 from sherl_pipe.cache.stores import Store
 
 

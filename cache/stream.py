@@ -1,8 +1,8 @@
-"""One committed stream: every byte is checked before it is decoded."""
+"""One committed stream of one split, and what is read of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from sherl_pipe.cache.arrays import decode_table
 from sherl_pipe.cache.codecs import Codec, Codes, Floats, Scales
+from sherl_pipe.cache.committed import Committed
 from sherl_pipe.cache.errors import (
     CorruptCacheError,
     InputError,
     StaleCacheError,
-    UnsafeError,
     explain,
     hint,
     shown,
@@ -27,16 +27,10 @@ from sherl_pipe.cache.manifest import (
     FileRecord,
     StreamFiles,
     read_manifest,
-    remedy,
     restore,
 )
-from sherl_pipe.cache.schema import (
-    Identity,
-    StreamSpec,
-    declaration,
-    stream_kind,
-    stream_number,
-)
+from sherl_pipe.cache.names import declaration, stream_kind, stream_number
+from sherl_pipe.cache.schema import Identity, StreamSpec
 from sherl_pipe.cache.stores import Store
 
 
@@ -77,9 +71,10 @@ class Stream:
         self.base = f"{split}/{name}"
         path = store.path(f"{self.base}/{MANIFEST}")
         self.plan, self.files = read_manifest(store, self.base)
+        self._committed = Committed(store, self.base, self.files)
         # First of all: where the root's metadata is damaged, what differs below only follows.
         if self.files.get(METADATA, root) != root:
-            raise self._other(METADATA, "metadata", root)
+            raise self._committed.other(METADATA, "metadata", root)
         with hint(restore(store, self.base)):
             if stream_kind(name) not in identity.streams:
                 raise CorruptCacheError(
@@ -230,7 +225,7 @@ class Stream:
                     slots=slots,
                     room=len(stored),
                 )
-                found[name] = part._decoded(key, f"shard {shard}", decode, keep=keep)
+                found[name] = part._committed.decoded(key, f"shard {shard}", decode, keep=keep)
         codes = found["values"]
         if codes is None:
             raise RuntimeError(f"{self.base}: shard {shard} has no values")
@@ -246,23 +241,7 @@ class Stream:
 
     def problems(self) -> list[str]:
         """Every file of this stream that is not the one that was committed."""
-        return [
-            problem
-            for problem in self._store.each(self._problem, sorted(self.files))
-            if problem is not None
-        ]
-
-    def _problem(self, key: str) -> str | None:
-        record, path = self.files[key], self._store.path(key)
-        try:
-            now = FileRecord.of(self._store.read(key, record))
-        except FileNotFoundError:
-            return f"{path} is missing"
-        if now.size != record.size:
-            return explain(f"{path}: bytes", expected=record.size, found=now.size)
-        if now.sha256 != record.sha256:
-            return explain(f"{path}: sha256", expected=shown(record.sha256), found=now.sha256)
-        return None
+        return self._committed.problems()
 
     def check_metadata(self) -> None:
         """Raise CorruptCacheError unless every `zarr.json` is the one that was committed.
@@ -270,53 +249,13 @@ class Stream:
         The root's is not read again: it was compared when the stream was opened.
         """
         keys = [key for key in self._keys.metadata() if key != METADATA]
-        self._store.each(partial(self._checked, what="metadata"), keys)
-
-    def _checked(self, key: str, what: str, *, keep: bool = False) -> bytes:
-        record = self.files.get(key)
-        try:
-            data = self._store.read(key, record, keep=keep)
-        except FileNotFoundError as error:
-            raise CorruptCacheError(
-                f"{self._store.path(key)} ({what}) is missing. "
-                f"{remedy(self._store, self.base, key)}"
-            ) from error
-        if record is None or not record.matches(data):
-            raise self._other(key, what, FileRecord.of(data))
-        return data
-
-    def _other(self, key: str, what: str, found: FileRecord) -> CorruptCacheError:
-        return CorruptCacheError(
-            explain(
-                f"{self._store.path(key)} ({what}) is not the file that was committed",
-                expected=self.files.get(key, "one that the manifest names"),
-                found=found,
-                todo=remedy(self._store, self.base, key),
-            )
-        )
-
-    def _decoded(
-        self,
-        key: str,
-        what: str,
-        decode: Callable[[bytes], npt.NDArray[Any]],
-        *,
-        keep: bool = False,
-    ) -> npt.NDArray[Any]:
-        data, path = self._checked(key, what, keep=keep), self._store.path(key)
-        with hint(remedy(self._store, self.base, key)):
-            try:
-                return decode(data)
-            except UnsafeError as error:
-                raise UnsafeError(f"{path} ({what}): {error}") from error
-            except (ValueError, RuntimeError) as error:
-                raise CorruptCacheError(f"{path} ({what}): {error}.") from error
+        self._store.each(partial(self._committed.checked, what="metadata"), keys)
 
     def _table(self, name: str) -> npt.NDArray[Any]:
         spec, key = self._keys.tables[name], self._keys.table(name)
         if key is None:
             return decode_table(spec, None)
-        return self._decoded(key, name, partial(decode_table, spec))
+        return self._committed.decoded(key, name, partial(decode_table, spec))
 
     def _place(self, tap: int) -> tuple[int, int]:
         for number, (_, taps) in enumerate(self._parts):

@@ -36,13 +36,8 @@ from sherl_pipe.cache.manifest import (
     remedy,
     restore,
 )
-from sherl_pipe.cache.schema import (
-    ATTRIBUTE,
-    Identity,
-    StreamSpec,
-    seal,
-    stream_version,
-)
+from sherl_pipe.cache.schema import ATTRIBUTE, Identity, StreamSpec, stream_version
+from sherl_pipe.cache.sealed import seal
 from sherl_pipe.cache.shard_writer import ShardWriter, records_json, stream_files
 from sherl_pipe.cache.stores import Store
 

@@ -15,8 +15,9 @@ from sherl_pipe.cache.fence import shut
 from sherl_pipe.cache.labels import LabelTable
 from sherl_pipe.cache.layout import Layout, check_layout
 from sherl_pipe.cache.manifest import METADATA
+from sherl_pipe.cache.names import check_name, check_part
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import ATTRIBUTE, Identity, check_name, check_part
+from sherl_pipe.cache.schema import ATTRIBUTE, Identity
 from sherl_pipe.cache.stores import Store, writing
 from sherl_pipe.cache.stream_writer import StreamWriter
 

@@ -12,7 +12,8 @@ import torch
 from sherl_pipe.cache import Identity, InputError, StaleCacheError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.place import Place
-from sherl_pipe.pipeline.opening import DTYPES, pick_device, spare_threads
+from sherl_pipe.pipeline.machine import pick_device, spare_threads
+from sherl_pipe.pipeline.opening import DTYPES
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.memory import share_one_arena

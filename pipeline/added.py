@@ -16,7 +16,7 @@ from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import say
 from sherl_pipe.pipeline.record import RECORD
 from sherl_pipe.stages.taps import LackingTapsError
-from sherl_pipe.stages.task import splits_of
+from sherl_pipe.stages.task_rows import splits_of
 
 
 def say_what_is_added(path: Place, wanted: Identity) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -100,3 +103,8 @@ def bars() -> Iterator[Bars]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress)
+
+
+def print_json(data: Any, indent: int | None = 1) -> None:
+    """A result for programs."""
+    click.echo(json.dumps(data, indent=indent, ensure_ascii=False))

@@ -12,7 +12,8 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.labels import Label
 from sherl_pipe.pipeline.label_pairs import attach_pairs
-from sherl_pipe.stages.data import Source, load_sources
+from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.source import Source
 from sherl_pipe.stages.targets import TEXT, encode_label, task_spec
 from sherl_pipe.stages.templates import PictureTemplate, Template
 

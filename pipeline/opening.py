@@ -1,17 +1,13 @@
-"""What both stages begin with: devices, folders, models, data."""
+"""What both stages begin with: models, data and settings."""
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
 from sherl_pipe.cache import (
     CODECS,
@@ -22,33 +18,28 @@ from sherl_pipe.cache import (
     StreamSpec,
     TaskSpec,
 )
-from sherl_pipe.cache.copies import Copies, used_bytes
-from sherl_pipe.cache.copies import check_folder as check_copies
 from sherl_pipe.cache.errors import IncompleteSplitError, explain
+from sherl_pipe.cache.names import check_name
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import check_name
-from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
+from sherl_pipe.pipeline.machine import check_folder, pick_device, spare_threads
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.data import DEMO_DATA, Source, load_sources
+from sherl_pipe.stages.data import DEMO_DATA, load_sources
 from sherl_pipe.stages.dual_reader import DualReader
-from sherl_pipe.stages.extract import identify
 from sherl_pipe.stages.families import Family
+from sherl_pipe.stages.identity import identify
 from sherl_pipe.stages.inputs import family_of_model, load_preprocessor
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pairs import pairs_of
 from sherl_pipe.stages.pictures import PictureReader
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.settings import TuneSettings
+from sherl_pipe.stages.source import Source
 from sherl_pipe.stages.targets import label_tables
 from sherl_pipe.stages.templates import Template, make_template
 from sherl_pipe.stages.words import PrefixTree
 
-# Parameters below which threads do not pay.
-TINY = 5_000_000
-# Bytes of copies of streamed shards, unless more are asked for.
-MOST_COPIES = 50 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Encoders: best on held-out training rows of the four tasks of docs/results.md. T5: as published.
@@ -201,68 +192,6 @@ def _open(config: RunConfig) -> tuple[Backbone, Any, Identity]:
         versions=versions(),
     )
     return backbone, tokenizer, identity
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises InputError for a device that is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(device.type)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            explain("device", expected="auto, cpu, or a CUDA device of this machine", found=wanted)
-        ) from error
-    return device
-
-
-def spare_threads(backbone: Backbone) -> None:
-    """One thread for a tiny model on the CPU: its kernels are too small to be shared, and on a
-    busy machine threads that wait for one another cost many times the work."""
-    if backbone.device.type == "cpu" and backbone.parameters < TINY:
-        torch.set_num_threads(1)
-
-
-def parse_bytes(text: str | None, what: str = "memory budget") -> int:
-    """`4GB`, `512MiB`, ... in bytes; half of the free memory where None. Raises InputError."""
-    if text is None:
-        return int(psutil.virtual_memory().available // 2)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
-    if match is None:
-        raise InputError(explain(what, expected="such as 4GB or 512MiB", found=text))
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
-
-
-AnyPlace = TypeVar("AnyPlace", bound=Place)
-
-
-def copies(config: RunConfig) -> Copies | None:
-    """Where streamed shards are kept; None for a cache in a folder.
-
-    Raises InputError, StorageError.
-    """
-    if isinstance(config.cache_path, Path):
-        return None
-    tune = config.tune
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = tune.local_copies or base / "sherl-pipe" / "shards"
-    check_copies(folder)
-    if tune.local_copies_size is not None:
-        return Copies(folder, parse_bytes(tune.local_copies_size, "local copies size"))
-    return Copies(
-        folder, min(MOST_COPIES, (LocalStore(folder).free_bytes() + used_bytes(folder)) // 2)
-    )
-
-
-def check_folder(path: AnyPlace, option: str) -> AnyPlace:
-    """`path`, if a folder is or can be there; a URL is. Raises InputError naming the option."""
-    if isinstance(path, Path) and path.exists() and not path.is_dir():
-        raise InputError(explain(option, expected="a folder, new or old", found=f"the file {path}"))
-    return path
 
 
 def positions(backbone: Backbone) -> int | None:

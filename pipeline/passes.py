@@ -10,7 +10,8 @@ from sherl_pipe.cache import FeatureCache, NonFiniteError
 from sherl_pipe.pipeline.added import specs_of
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.opening import method_settings, parse_bytes
+from sherl_pipe.pipeline.machine import parse_bytes
+from sherl_pipe.pipeline.opening import method_settings
 from sherl_pipe.pipeline.pruning import Pruning
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.halving import Halted, Halving

@@ -1,8 +1,7 @@
-"""Measuring before anything big runs: `sherl-pipe plan`, and whether a disk is large enough."""
+"""Measuring before anything big runs: `sherl-pipe plan`."""
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 import time
@@ -12,28 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sherl_pipe.cache import (
-    CODECS,
-    CacheWriter,
-    FeatureCache,
-    Identity,
-    InputError,
-    LabelTable,
-    StorageError,
-    StreamSpec,
-)
+from sherl_pipe.cache import CODECS, CacheWriter, InputError, LabelTable, StorageError
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.cache.manifest import METADATA, read_root
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.opening import Prepared, held_examples, parse_bytes, prepare, tunings
-from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan, stream_bytes
-from sherl_pipe.pipeline.record import RECORD, record_body
+from sherl_pipe.pipeline.machine import parse_bytes
+from sherl_pipe.pipeline.opening import Prepared, prepare, tunings
+from sherl_pipe.pipeline.plan import Measured, Plan, Wanted, make_plan
+from sherl_pipe.pipeline.record import record_body
 from sherl_pipe.stages.amounts import Amount
-from sherl_pipe.stages.dual_reader import DualReader
 from sherl_pipe.stages.inputs import family_of_model
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
 from sherl_pipe.stages.missing import words_of
@@ -41,17 +29,8 @@ from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
 from sherl_pipe.stages.scratch import memory_writer
-from sherl_pipe.stages.survey import (
-    Survey,
-    Trees,
-    amounts,
-    survey,
-    task_amounts,
-    uncompressed_bytes,
-    upper_bound,
-)
-from sherl_pipe.stages.task import train_and_held_out
-from sherl_pipe.stages.words import PrefixTree
+from sherl_pipe.stages.survey import Survey, Trees, amounts, survey, task_amounts
+from sherl_pipe.stages.task_rows import train_and_held_out
 
 # Seconds for each part of the measuring: tokenising, forward passes, label words, steps.
 SECONDS = 1.5
@@ -59,9 +38,6 @@ SECONDS = 1.5
 ROOM = 1 << 30
 # Rows of a label table whose size is measured.
 LABEL_ROWS = 2000
-# An addition takes about as much as if its first tap were so many: it has none before it to be
-# coded against, and the others are further apart (docs/codecs.md, on the safe side).
-FIRST_TAP = 1.5
 
 
 @dataclass(frozen=True)
@@ -106,10 +82,10 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
     ready = prepare(config, bars)
     begun = time.perf_counter()
     say(f"plan: {config.model} on {ready.backbone.device}; measuring for some seconds")
-    setup = _setup(ready)
-    counted, trees = _count(ready, {}, bars)
+    setup = setup_of(ready)
+    counted, trees = count(ready, {}, bars)
     tables = _training_rows(ready.tables)
-    sample = choose(counted, tables, config.tune.batch_size, _sample_tokens(setup, counted))
+    sample = choose(counted, tables, config.tune.batch_size, sample_tokens(setup, counted))
     others = [
         memory_writer(replace(ready.identity, codec=codec))
         for codec in CODECS.values()
@@ -122,11 +98,11 @@ def run_plan(config: RunConfig, bars: Bars, tunings_wanted: int | None = None) -
         samples = measure_streams(setup, counted, sample, trees, target, others, seconds=SECONDS)
         steps = measure_steps(setup, counted, sample, tables, target, settings, seconds=SECONDS)
     found = Measured(
-        _amounts(setup, counted, trees),
+        amounts_of(setup, counted, trees),
         samples,
         task_amounts(counted, tables, config.tune.batch_size) if steps else [],
         steps,
-        _other_bytes(ready),
+        other_bytes(ready),
         ready.data_seconds + counted.seconds,
     )
     wanted = Wanted(
@@ -147,97 +123,8 @@ def _room(residency: str, budget: int, device: torch.device) -> int:
     return rooms.get(residency, UNLIMITED)
 
 
-def require_space(ready: Prepared, bars: Bars) -> None:
-    """Raise StorageError where the disk cannot hold what an extraction still has to write.
-
-    A bound that costs nothing is tried first; a sample is measured where the bound is too large.
-    Raises what opening a cache raises.
-    """
-    free = open_store(ready.path).free_bytes()
-    if free is None:
-        return
-    trees = _trees_of(ready)
-    cache = _begun(ready)
-    if cache is not None:  # what it has stays, and new texts get all of it
-        missing = cache.identity.missing(ready.identity)
-        ready = replace(ready, identity=_whole(cache.identity, missing))
-    dual = ready.tokenizer if isinstance(ready.tokenizer, DualReader) else None
-    if upper_bound(ready.sources, trees, ready.identity, dual.size if dual else None) <= free:
-        return
-    if dual is not None:
-        size = uncompressed_bytes(ready.sources, ready.templates, dual, ready.identity)
-        store = open_store(ready.path)  # what it holds is written already
-        held = sum(store.size(key) or 0 for key in store.list())
-        _require(size - held, free, ready.path, "--codec.")
-        return
-    say("extract: the disk is not obviously large enough; measuring a sample")
-    setup = _setup(ready)
-    counted, needed = _count(ready, held_examples(ready.path) if cache else {}, bars)
-    if not any(split.ids for split in counted.splits):
-        return  # all of it is in splits of that cache
-    sample = choose(counted, {}, 1, _sample_tokens(setup, counted))
-    target = memory_writer(ready.identity)
-    samples = measure_streams(setup, counted, sample, needed, target, seconds=SECONDS)
-    need = 0 if open_store(ready.path).exists(RECORD) else _other_bytes(ready)
-    for amount in _amounts(setup, counted, needed):
-        size = stream_bytes(amount, samples, ready.identity.codec.name) or 0
-        taps = len(ready.identity.spec(amount.stream).taps)
-        need += round(size * (_left(cache, amount, taps) if cache is not None else 1))
-    smaller = "--codec (`sherl-pipe plan` with the same options shows what each takes)."
-    _require(need, free, ready.path, smaller)
-
-
-def _require(need: int, free: int, path: Place, smaller: str) -> None:
-    if need > free:
-        raise StorageError(
-            errno.ENOSPC,
-            f"{path}: the extraction needs about {need:,} bytes, {free:,} are free. Free "
-            f"space, choose another --cache, or a smaller {smaller}",
-        )
-
-
-def _begun(ready: Prepared) -> FeatureCache | None:
-    """The cache that the extraction goes on with. Raises StaleCacheError for another one."""
-    store = open_store(ready.path)
-    if not store.exists(METADATA):
-        return None
-    identity, root = read_root(store)
-    identity.require(ready.identity, str(ready.path))
-    # Not `FeatureCache.open`, which wants something to read in it.
-    return FeatureCache(store, identity, root)
-
-
-def _whole(identity: Identity, missing: Mapping[str, StreamSpec]) -> Identity:
-    """A cache as it would be if all of its taps had been extracted at once."""
-    streams = {}
-    for name in identity.streams:
-        spec, more = identity.held(name), missing[name].taps if name in missing else ()
-        streams[name] = replace(spec, taps=tuple(sorted((*spec.taps, *more))))
-    return replace(identity, streams=streams, added=())
-
-
-def _left(cache: FeatureCache, amount: Amount, taps: int | None = None) -> float:
-    """The share of a stream that is still to be written; of `taps` in all, by default those that
-    the cache has.
-
-    The first tap of an addition is coded without one before it, which takes more.
-    """
-    kind = stream_kind(amount.stream)
-    whole = amount.split in cache.splits and amount.stream in cache.streams(amount.split)
-    left, known = 0.0, 0
-    for number, part in enumerate(cache.identity.parts(amount.stream)):
-        own = len(cache.identity.spec(part).taps)
-        known += own
-        done, shards = cache.incomplete.get(f"{amount.split}/{part}", (0, 0))
-        share = 1 - done / shards if shards else float(not whole)
-        left += share * (own + (FIRST_TAP - 1 if number else 0))
-    every = taps or len(cache.identity.held(kind).taps)
-    if every > known:
-        left += every - known + FIRST_TAP - 1
-    return left / every
-
-
-def _setup(ready: Prepared) -> Setup:
+def setup_of(ready: Prepared) -> Setup:
+    """What a sample of an extraction is measured with."""
     extract = ready.config.extract
     return Setup(
         ready.backbone,
@@ -248,20 +135,7 @@ def _setup(ready: Prepared) -> Setup:
     )
 
 
-def _trees_of(ready: Prepared) -> list[PrefixTree]:
-    """The distinct trees of label words."""
-    if not ready.backbone.family.seq2seq:
-        return []
-    start = ready.backbone.start
-    found = [
-        PrefixTree.of_words(table.spec.words, ready.tokenizer, start)
-        for table in ready.tables
-        if table.spec.kind != "text"
-    ]
-    return list({tree.stream: tree for tree in found}.values())
-
-
-def _count(ready: Prepared, held: Mapping[bytes, str], bars: Bars) -> tuple[Survey, Trees]:
+def count(ready: Prepared, held: Mapping[bytes, str], bars: Bars) -> tuple[Survey, Trees]:
     """The splits of an extraction, and the label words that they need."""
     counted = survey(
         ready.sources,
@@ -278,7 +152,8 @@ def _count(ready: Prepared, held: Mapping[bytes, str], bars: Bars) -> tuple[Surv
     return counted, words_of(ready.tables, counted.places, ready.tokenizer, start)
 
 
-def _amounts(setup: Setup, counted: Survey, trees: Trees) -> list[Amount]:
+def amounts_of(setup: Setup, counted: Survey, trees: Trees) -> list[Amount]:
+    """How much an extraction writes, stream by stream."""
     return amounts(
         counted,
         trees,
@@ -288,7 +163,7 @@ def _amounts(setup: Setup, counted: Survey, trees: Trees) -> list[Amount]:
     )
 
 
-def _sample_tokens(setup: Setup, counted: Survey) -> float:
+def sample_tokens(setup: Setup, counted: Survey) -> float:
     """Tokens that the backbone reads in the time there is, and no more than show all there is."""
     return min(setup.enough, SECONDS * tokens_a_second(setup, counted))
 
@@ -307,7 +182,7 @@ def _training_rows(tables: Sequence[LabelTable]) -> dict[str, LabelTable]:
     return found
 
 
-def _other_bytes(ready: Prepared) -> int:
+def other_bytes(ready: Prepared) -> int:
     """Bytes of a cache beside its streams: root, record and labels."""
     root = memory_writer(ready.identity)
     total = _size(root) + len(record_body(ready.config.model_dump(mode="json"), {}))

@@ -11,16 +11,18 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.opening import pick_device, positions
-from sherl_pipe.stages.adapter import AdapterConfig, TunedModel, load_route, read_adapter
+from sherl_pipe.pipeline.machine import pick_device
+from sherl_pipe.pipeline.opening import positions
+from sherl_pipe.stages.adapter import TunedModel, load_route
+from sherl_pipe.stages.adapter_files import AdapterConfig, read_adapter
 from sherl_pipe.stages.backbone import Backbone, load_backbone
-from sherl_pipe.stages.data import check_text, load_sources
-from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.first_tokens import FirstTokens
-from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor, read_inputs
-from sherl_pipe.stages.methods.base import Route
+from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor, pad_id, read_inputs
+from sherl_pipe.stages.methods.route import Route
 from sherl_pipe.stages.picture_files import image_files
 from sherl_pipe.stages.pictures import Picture
+from sherl_pipe.stages.source import check_text
 from sherl_pipe.stages.task import predictions
 from sherl_pipe.stages.templates import Input, PictureTemplate, Template
 from sherl_pipe.stages.words import PrefixTree, Scoring

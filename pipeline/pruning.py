@@ -16,7 +16,7 @@ from sherl_pipe.cache.labels import Label
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.opening import pick_device
+from sherl_pipe.pipeline.machine import pick_device
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.methods.fisher import EXAMPLES, importances, prune

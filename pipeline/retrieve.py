@@ -10,12 +10,13 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.pipeline.predict import open_adapter
-from sherl_pipe.stages.adapter import TunedModel, read_adapter
-from sherl_pipe.stages.data import check_text
+from sherl_pipe.stages.adapter import TunedModel
+from sherl_pipe.stages.adapter_files import read_adapter
 from sherl_pipe.stages.inputs import read_inputs
 from sherl_pipe.stages.picture_files import image_files
 from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.progress import Progress
+from sherl_pipe.stages.source import check_text
 from sherl_pipe.stages.templates import Input
 from torch import Tensor
 

@@ -16,7 +16,8 @@ from sherl_pipe.pipeline.console import Bars, say
 from sherl_pipe.pipeline.crew import Engine, employed, lost_error
 from sherl_pipe.pipeline.opening import Prepared
 from sherl_pipe.stages.crew import CrewExtractor
-from sherl_pipe.stages.extract import Extractor, pad_id
+from sherl_pipe.stages.extract import Extractor
+from sherl_pipe.stages.inputs import pad_id
 
 Employ = Callable[[Prepared, CacheWriter, Bars], AbstractContextManager[Extractor]]
 

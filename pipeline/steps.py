@@ -16,19 +16,17 @@ from sherl_pipe.pipeline.added import (
 )
 from sherl_pipe.pipeline.config import RunConfig
 from sherl_pipe.pipeline.console import Bars, say
+from sherl_pipe.pipeline.machine import copies, pick_device, spare_threads
 from sherl_pipe.pipeline.opening import (
     DTYPES,
     Prepared,
     check_words,
-    copies,
     held_examples,
     method_settings,
-    pick_device,
     prepare,
-    spare_threads,
 )
-from sherl_pipe.pipeline.planning import require_space
 from sherl_pipe.pipeline.record import RECORD, write_record
+from sherl_pipe.pipeline.space import require_space
 from sherl_pipe.pipeline.staff import staff_for
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report

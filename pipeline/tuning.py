@@ -10,7 +10,8 @@ from sherl_pipe.cache import InputError, NonFiniteError, WorkerError
 from sherl_pipe.pipeline.added import naming_the_extraction, specs_of
 from sherl_pipe.pipeline.config import RunConfig, TuneConfig
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.pipeline.opening import check_folder, parse_bytes, tunings
+from sherl_pipe.pipeline.machine import check_folder, parse_bytes
+from sherl_pipe.pipeline.opening import tunings
 from sherl_pipe.pipeline.passes import Asked, Passes
 from sherl_pipe.pipeline.record import write_record
 from sherl_pipe.stages.halving import Halving

@@ -18,7 +18,7 @@ from typing import Any
 from sherl_pipe.cache import SherlPipeError, WorkerError
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.pipeline.console import Bars, say
-from sherl_pipe.pipeline.opening import pick_device
+from sherl_pipe.pipeline.machine import pick_device
 from sherl_pipe.pipeline.passes import outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Work
 from sherl_pipe.pipeline.workers import Share

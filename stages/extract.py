@@ -9,121 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sherl_pipe.cache import (
-    CacheWriter,
-    Codec,
-    FeatureCache,
-    Identity,
-    Stream,
-    StreamSpec,
-    StreamWriter,
-)
+from sherl_pipe.cache import CacheWriter, FeatureCache, Stream, StreamSpec, StreamWriter
 from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, shard_capacity
-from sherl_pipe.cache.schema import stream_kind
+from sherl_pipe.cache.names import stream_kind
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.data import Source
-from sherl_pipe.stages.inputs import preprocessor_fingerprint, read_inputs
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
+from sherl_pipe.stages.inputs import pad_id, read_inputs
+from sherl_pipe.stages.passes import MainPass, States, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
-from sherl_pipe.stages.taps import extracted_taps
-from sherl_pipe.stages.templates import Input, Template
+from sherl_pipe.stages.shard_buffer import ShardBuffer, token_bytes
+from sherl_pipe.stages.source import Source
+from sherl_pipe.stages.splits import inputs_of
+from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
 from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.tokens import Tokens, tokenize
 from sherl_pipe.stages.words import PrefixTree
 
 BATCH_TOKENS = 4096
-
-
-def identify(
-    backbone: Backbone,
-    tokenizer: Any,
-    *,
-    template: str,
-    max_length: int,
-    codec: Codec,
-    taps: str | Sequence[int],
-    versions: Mapping[str, str],
-) -> Identity:
-    """The identity of the cache that these settings make. Raises InputError for odd taps."""
-    depths = {stream: len(backbone.blocks(stream)) for stream in backbone.family.streams}
-    chosen = extracted_taps(backbone.family, depths, taps)
-    return Identity(
-        backbone={
-            "name": backbone.name,
-            "revision": backbone.revision,
-            "architecture": type(backbone.model).__name__,
-            "model_type": backbone.config.model_type,
-            "parameters": backbone.parameters,
-            "fingerprint": backbone.fingerprint,
-            "config": backbone.config_hash,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-        },
-        tokenizer=preprocessor_fingerprint(tokenizer),
-        template=template,
-        max_length=max_length,
-        streams={
-            stream: StreamSpec(chosen[stream], depths[stream], backbone.width_of(stream))
-            for stream in depths
-        },
-        codec=codec,
-        versions=versions,
-    )
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a split asks for.
-
-    Attributes:
-        rows: of the data.
-        distinct: different inputs among them.
-        texts: rendered segments, or the image, by example id, of inputs that no split before this
-            one holds.
-        template: that rendered them.
-    """
-
-    rows: int
-    distinct: int
-    texts: Mapping[bytes, Input]
-    template: Template
-
-    @property
-    def reused(self) -> int:
-        """Inputs that another split holds already."""
-        return self.distinct - len(self.texts)
-
-    def notes(self, tokens: Tokens) -> dict[str, Any]:
-        """What the main stream's manifest says of them."""
-        return {
-            "template": self.template.to_json(),
-            "reused": self.reused,
-            "truncated": tokens.truncated,
-        }
-
-
-def inputs_of(source: Source, template: Template, known: dict[bytes, str]) -> Inputs:
-    """The inputs of a split. `known`, the split of every example, gets those of this one."""
-    distinct: dict[bytes, Input] = {}
-    for identity, texts in zip(source.ids(template), source.inputs(template), strict=True):
-        distinct.setdefault(identity, texts)
-    here = {
-        identity: texts
-        for identity, texts in distinct.items()
-        if known.setdefault(identity, source.name) == source.name
-    }
-    return Inputs(len(source.rows), len(distinct), here, template)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """What inputs are padded with; the mask hides it, so any id will do."""
-    pad = tokenizer.pad_token_id
-    return 0 if pad is None else int(pad)
-
-
-def token_bytes(codec: Codec, spec: StreamSpec) -> int:
-    """Bytes of all taps of one token before compression."""
-    return codec.row_bytes(spec.width) * len(spec.taps)
 
 
 @dataclass

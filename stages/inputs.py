@@ -76,3 +76,9 @@ def read_inputs(
         return Pictures(list(inputs), 0, preprocessor, max_length)
     texts: Any = inputs
     return tokenize(preprocessor, texts, max_length, progress)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What inputs are padded with; the mask hides it, so any id will do."""
+    pad = tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)

@@ -13,11 +13,12 @@ from sherl_pipe.cache import CODECS, CacheWriter, Identity, NonFiniteError, Stre
 from sherl_pipe.cache.layout import Layout, assign, same_shards, shard_capacity
 from sherl_pipe.stages.amounts import Amount, StreamBytes, StreamSample
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.features import Ints
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
+from sherl_pipe.stages.inputs import pad_id
+from sherl_pipe.stages.passes import MainPass, States, WordsPass
 from sherl_pipe.stages.sample import Sample
 from sherl_pipe.stages.scratch import opened, stream_bytes
+from sherl_pipe.stages.shard_buffer import ShardBuffer
 from sherl_pipe.stages.survey import Split, Survey, Trees, padded_tokens
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sherl_pipe.cache import FeatureCache, LabelTable
-from sherl_pipe.cache.schema import stream_kind
+from sherl_pipe.cache.names import stream_kind
 from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.words import PrefixTree
 

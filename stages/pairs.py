@@ -9,10 +9,10 @@ from typing import Any
 
 from sherl_pipe.cache import InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
-from sherl_pipe.stages.data import Source, check_text
 from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.retrieval import RECALLS
+from sherl_pipe.stages.source import Source, check_text
 from sherl_pipe.stages.templates import PictureTemplate, Template
 
 SPEC = TaskSpec("retrieval", (), (), RECALLS)

@@ -15,8 +15,8 @@ from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable
 from sherl_pipe.cache.place import Place
 from sherl_pipe.stages.amounts import StepSample
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.extract import pad_id
 from sherl_pipe.stages.features import Ints
+from sherl_pipe.stages.inputs import pad_id
 from sherl_pipe.stages.measure import Clock, Setup
 from sherl_pipe.stages.passes import LivePass
 from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe

@@ -18,12 +18,13 @@ from sherl_pipe.cache import FeatureCache, Identity, StreamSpec
 from sherl_pipe.cache.fence import committing
 from sherl_pipe.cache.layout import Layout, same_shards
 from sherl_pipe.cache.manifest import Records
+from sherl_pipe.cache.names import stream_kind
 from sherl_pipe.cache.place import Place
-from sherl_pipe.cache.schema import stream_kind
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.passes import MainPass, ShardBuffer, States, WordsPass
+from sherl_pipe.stages.passes import MainPass, States, WordsPass
+from sherl_pipe.stages.shard_buffer import ShardBuffer
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 

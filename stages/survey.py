@@ -13,13 +13,14 @@ from sherl_pipe.cache import Identity, LabelTable
 from sherl_pipe.cache.layout import Layout, assign, same_shards, shard_capacity
 from sherl_pipe.cache.schema import MAX_ROWS
 from sherl_pipe.stages.amounts import Amount, TaskAmount
-from sherl_pipe.stages.data import Source
-from sherl_pipe.stages.extract import Inputs, inputs_of, token_bytes
 from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.inputs import read_inputs
 from sherl_pipe.stages.passes import token_batches
 from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.progress import Progress, silent
+from sherl_pipe.stages.shard_buffer import token_bytes
+from sherl_pipe.stages.source import Source
+from sherl_pipe.stages.splits import Inputs, inputs_of
 from sherl_pipe.stages.templates import Template
 from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree

@@ -8,7 +8,7 @@ from typing import Any
 from sherl_pipe.cache import InputError, LabelTable, TaskSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.cache.labels import Label
-from sherl_pipe.stages.data import Source
+from sherl_pipe.stages.source import Source
 from sherl_pipe.stages.templates import Template
 
 GLUE_METRICS: dict[str, tuple[str, ...]] = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,14 +18,13 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints, Reading
 from sherl_pipe.stages.first_tokens import FirstTokens
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import RouteSpec
+from sherl_pipe.stages.methods.route import RouteSpec
 from sherl_pipe.stages.retrieval import Pairing
 from sherl_pipe.stages.settings import HEADS, PRECISIONS, TuneSettings
+from sherl_pipe.stages.task_rows import splits_of, train_and_held_out
 from sherl_pipe.stages.texts import TargetTexts, text_metrics
 from sherl_pipe.stages.words import PrefixTree, Scoring
 from torch import Tensor
-
-HOLD_OUT = 10  # one in so many training examples, where a task has no validation split
 
 
 class Task:
@@ -276,13 +274,6 @@ class Task:
         return predictions(self.spec, outputs, self.scaling)
 
 
-def splits_of(cache: FeatureCache, tables: Iterable[LabelTable]) -> set[str]:
-    """The splits of a cache that hold the examples of label tables, as far as it has them."""
-    places = cache.places
-    examples = (each for table in tables for each in (*table.ids, *table.image_ids))
-    return {places[each][0] for each in examples if each in places}
-
-
 def _reading(texts: TargetTexts, table: LabelTable, taps: tuple[int, ...]) -> Reading:
     """Of every row of a table the states along its own target."""
     paths = [
@@ -301,37 +292,3 @@ def predictions(spec: TaskSpec, outputs: Tensor, scaling: tuple[float, float]) -
         return outputs[:, 0].double().cpu().numpy() * scaling[1] + scaling[0]
     grades = torch.tensor([float(word) for word in spec.words], dtype=torch.float64)
     return (outputs.double().cpu().softmax(-1) @ grades).numpy()
-
-
-def train_and_held_out(tables: Mapping[str, LabelTable]) -> tuple[LabelTable, LabelTable]:
-    """Training and evaluation rows. Without a validation split, one training text in ten is held
-    out, chosen by its id; of pairs one image in ten with all its texts."""
-    if "train" not in tables:
-        raise InputError(
-            explain(
-                "labels",
-                expected="a split named train",
-                found=f"{sorted(tables)}",
-                todo="Name the training file train.*, or attach labels with --role train.",
-            )
-        )
-    train = tables["train"]
-    others = [role for role in sorted(tables) if role.startswith("validation")]
-    if others:
-        return train, tables[others[0]]
-    order = [int.from_bytes(identity[:4], "big") for identity in train.image_ids or train.ids]
-    # The least number too, so that a small file has something held out.
-    held = [number % HOLD_OUT == 0 or number == min(order) for number in order]
-
-    def part(wanted: bool, role: str) -> LabelTable:
-        rows = [row for row, out in enumerate(held) if out == wanted]
-        if not rows:
-            raise InputError(
-                f"task {train.task} has {len(held)} rows, too few to hold some out for "
-                "evaluation. Add a validation split."
-            )
-        ids = tuple(train.ids[row] for row in rows)
-        labels = tuple(train.labels[row] for row in rows)
-        return replace(train, role=role, ids=ids, labels=labels)
-
-    return part(False, "train"), part(True, "held-out")

@@ -14,10 +14,11 @@ from sherl_pipe.cache import InputError, NonFiniteError
 from sherl_pipe.cache.fingerprint import hash_json
 from sherl_pipe.cache.store import LocalStore
 from sherl_pipe.stages import checkpoint, metrics
-from sherl_pipe.stages.adapter import CONFIG_NAME, AdapterConfig, put_weights, save_adapter
+from sherl_pipe.stages.adapter import put_weights
+from sherl_pipe.stages.adapter_files import CONFIG_NAME, AdapterConfig, save_adapter
 from sherl_pipe.stages.features import Batch, FeatureSource, Ints, Packed, Reading
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import Route, trainable
+from sherl_pipe.stages.methods.route import Route, trainable
 from sherl_pipe.stages.optimizer import clip_gradients, make_optimizer
 from sherl_pipe.stages.paired import AnySource, PairSource
 from sherl_pipe.stages.randomness import Randomness

@@ -16,7 +16,7 @@ import pytest
 from cache_tools import TAPS, encode, identity, ids_of
 from sherl_pipe.cache import CacheWriter, FeatureCache, Identity, StreamSpec, errors
 from sherl_pipe.cache.layout import assign
-from sherl_pipe.cache.schema import seal, unseal
+from sherl_pipe.cache.sealed import seal, unseal
 from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     DAMAGE,
     LENGTHS,

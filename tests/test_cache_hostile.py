@@ -19,7 +19,7 @@ from cache_tools import WIDTH, write_split
 from sherl_pipe.cache import FeatureCache, errors
 from sherl_pipe.cache.arrays import ArraySpec, table_array
 from sherl_pipe.cache.manifest import FileRecord
-from sherl_pipe.cache.schema import seal, unseal
+from sherl_pipe.cache.sealed import seal, unseal
 from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     HIDDEN,
     TRAIN,

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 from cache_tools import ids_of
 from sherl_pipe.cache import CacheWriter, FeatureCache, errors
-from sherl_pipe.cache.schema import seal
+from sherl_pipe.cache.sealed import seal
 from sherl_pipe.cache.store import LocalStore
 from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     HIDDEN,

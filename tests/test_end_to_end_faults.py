@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_tools import save_model, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache, errors
-from sherl_pipe.cache.schema import MAX_NAME_BYTES, seal, unseal
+from sherl_pipe.cache.names import MAX_NAME_BYTES
+from sherl_pipe.cache.sealed import seal, unseal
 from sherl_pipe.cache.store import LocalStore
 from test_cache_faults import (  # noqa: F401 - a fixture acts where its name is
     FILES,

@@ -17,7 +17,7 @@ from cli_tools import done, refused, sherl, write_rows
 from model_tools import save_model, write_data
 from s3_tools import SECRET, Wire, every
 from sherl_pipe.cache import FeatureCache, remote
-from sherl_pipe.stages.adapter import WEIGHTS_NAME
+from sherl_pipe.stages.adapter_files import WEIGHTS_NAME
 
 TUNE = ("--epochs", 2, "--reduction", 1, "--json")
 

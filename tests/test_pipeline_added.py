@@ -15,7 +15,7 @@ from cli_tools import done, refused, sherl, snapshot, write_rows
 from model_tools import labels_of, save_model, sentences, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache, StreamWriter
 from sherl_pipe.cache.store import LocalStore
-from sherl_pipe.pipeline import planning
+from sherl_pipe.pipeline import space
 from sherl_pipe.stages import quantize
 
 
@@ -216,11 +216,11 @@ def test_room_for_an_addition(
     extract(models, "bert", data, cache, "--taps", "0,3")
     values = {"model": models["bert"], "data": {"source": str(data)}, "cache": cache}
     wanted = {**values, "extract": {"taps": (0, 1, 2, 3)}}
-    begun = planning._begun(opening.prepare(make_config(wanted, "test")))
+    begun = space._begun(opening.prepare(make_config(wanted, "test")))
     assert begun is not None
     train = Amount("colour/train", "hidden", 30, 300, 400, 1, 3000)
-    assert planning._left(begun, train) == 0
-    assert planning._left(begun, train, 4) == pytest.approx((1 + planning.FIRST_TAP) / 4)
+    assert space._left(begun, train) == 0
+    assert space._left(begun, train, 4) == pytest.approx((1 + space.FIRST_TAP) / 4)
     monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 10)
     options = ("--model", models["bert"], "--data", data, "--cache", cache)
     refused(7, "the extraction needs about", argv=("extract", *options, "--taps", "1"))

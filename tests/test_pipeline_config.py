@@ -13,7 +13,7 @@ import yaml
 from cli_tools import done
 from pydantic import ValidationError
 from sherl_pipe.cache import InputError, StreamSpec
-from sherl_pipe.pipeline import cli
+from sherl_pipe.pipeline import cli_stages
 from sherl_pipe.pipeline.config import (
     DataConfig,
     ExtractConfig,
@@ -22,7 +22,8 @@ from sherl_pipe.pipeline.config import (
     make_config,
     read_config,
 )
-from sherl_pipe.pipeline.opening import check_folder, parse_bytes, pick_device, tunings
+from sherl_pipe.pipeline.machine import check_folder, parse_bytes, pick_device
+from sherl_pipe.pipeline.opening import tunings
 from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.settings import TuneSettings
 
@@ -170,7 +171,7 @@ def configs(monkeypatch: pytest.MonkeyPatch, *argv: object) -> RunConfig:
     """The config that a command line makes."""
     seen: list[RunConfig] = []
     for name in ("_extract", "_plan", "_tune"):
-        monkeypatch.setattr(cli, name, lambda config, **_: seen.append(config))
+        monkeypatch.setattr(cli_stages, name, lambda config, **_: seen.append(config))
     done(*argv)
     (config,) = seen
     return config

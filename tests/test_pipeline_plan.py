@@ -190,7 +190,7 @@ def test_sizes_of_a_sample_come_true(
 ) -> None:
     """The embedded demo, of which less than a third is looked at."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "_sample_tokens", lambda *_: 3000)
+    monkeypatch.setattr(planning, "sample_tokens", lambda *_: 3000)
     argv = ("--limit", 600, "--task", "topic", "--task", "intensity", "--codec", codec)
     plan = done("plan", *argv, "--epochs", 1, "--json").json
     assert plan["sample_tokens"] <= 3000

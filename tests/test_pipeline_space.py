@@ -11,7 +11,7 @@ from cli_tools import done, refused, sherl, size_of, snapshot
 from model_tools import save_model
 from sherl_pipe.cache import StreamWriter
 from sherl_pipe.cache.store import LocalStore
-from sherl_pipe.pipeline import opening, planning, staff
+from sherl_pipe.pipeline import opening, planning, space, staff
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.stages.amounts import Amount
 
@@ -64,13 +64,13 @@ def test_what_is_committed_needs_no_room(world: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(StreamWriter, "commit", interrupted)
     assert sherl("extract", "--model", model, "--data", "data", "--cache", "new").code == 130
     values = {"model": model, "data": {"source": "data"}, "cache": Path("new")}
-    cache = planning._begun(opening.prepare(make_config(values, "test")))
+    cache = space._begun(opening.prepare(make_config(values, "test")))
     assert cache is not None
     committed, shards = cache.incomplete["colour/train/hidden"]
     assert (committed, shards > 8) == (4, True)
-    left = planning._left(cache, Amount("colour/train", "hidden", 70, 700, 800, 1, 7000))
+    left = space._left(cache, Amount("colour/train", "hidden", 70, 700, 800, 1, 7000))
     assert left == pytest.approx(1 - 4 / shards)
-    assert planning._left(cache, Amount("size/train", "hidden", 70, 700, 800, 1, 7000)) == 1
+    assert space._left(cache, Amount("size/train", "hidden", 70, 700, 800, 1, 7000)) == 1
 
 
 def test_a_cache_of_another_codec_is_named_before_its_room(
@@ -88,6 +88,7 @@ def test_an_extraction_with_room_measures_nothing(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("measured")
 
-    for name in ("survey", "measure_streams", "tokens_a_second"):
+    monkeypatch.setattr(space, "measure_streams", never)
+    for name in ("survey", "tokens_a_second"):
         monkeypatch.setattr(planning, name, never)
     done("extract", "--model", save_model(world / "model", "t5"), "--data", "data")

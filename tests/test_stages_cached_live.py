@@ -26,10 +26,9 @@ from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages import features
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.data import load_sources
-from sherl_pipe.stages.extract import pad_id
-from sherl_pipe.stages.inputs import read_inputs
+from sherl_pipe.stages.inputs import pad_id, read_inputs
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import trainable
+from sherl_pipe.stages.methods.route import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.templates import Template

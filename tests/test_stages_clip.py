@@ -25,7 +25,8 @@ from sherl_pipe.stages.pairs import SPEC, pairs_of
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.retrieval import RECALLS, Pairing, contrastive
 from sherl_pipe.stages.settings import TuneSettings
-from sherl_pipe.stages.task import Task, train_and_held_out
+from sherl_pipe.stages.task import Task
+from sherl_pipe.stages.task_rows import train_and_held_out
 from sherl_pipe.stages.tune import Tuner
 from torch import Tensor
 from torch.nn import functional as F

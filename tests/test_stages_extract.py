@@ -11,7 +11,7 @@ import pytest
 import torch
 from model_tools import save_model, write_data
 from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
-from sherl_pipe.pipeline import opening
+from sherl_pipe.pipeline import machine
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.steps import run_extract
@@ -94,7 +94,7 @@ def test_non_finite_states_name_tap_and_examples(tmp_path: Path, codec: str) -> 
 def test_batches_that_are_computed_side_by_side_are_those_of_one_thread(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "TINY", 0)  # a small model gets one thread
+    monkeypatch.setattr(machine, "TINY", 0)  # a small model gets one thread
     config = config_of(tmp_path, family)
     run_extract(config, QUIET)
     before = torch.get_num_threads()

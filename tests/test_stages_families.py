@@ -20,8 +20,8 @@ from sherl_pipe.pipeline.predict import Predictor
 from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.families import FAMILIES
-from sherl_pipe.stages.methods.base import pooled
 from sherl_pipe.stages.methods.ladder import encoder_ladder
+from sherl_pipe.stages.methods.route import pooled
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task

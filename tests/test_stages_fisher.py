@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.methods import Lst
-from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.fisher import importances, prune
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
+from sherl_pipe.stages.methods.route import RouteSpec
 from sherl_pipe.stages.tokens import Tokens
 from torch import Tensor
 from tune_tools import make_world

@@ -17,9 +17,10 @@ from PIL import Image
 from sherl_pipe.cache import InputError, UnsafeError
 from sherl_pipe.stages import pictures
 from sherl_pipe.stages.backbone import load_backbone
-from sherl_pipe.stages.data import Source, load_sources
+from sherl_pipe.stages.data import load_sources
 from sherl_pipe.stages.inputs import load_preprocessor, preprocessor_fingerprint, read_inputs
 from sherl_pipe.stages.pictures import Picture
+from sherl_pipe.stages.source import Source
 from sherl_pipe.stages.templates import PictureTemplate, Template
 
 

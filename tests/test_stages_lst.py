@@ -11,8 +11,8 @@ from model_tools import FAMILIES, save_model
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.methods import Lst
-from sherl_pipe.stages.methods.base import RouteSpec, trainable
 from sherl_pipe.stages.methods.ladder import Ladder
+from sherl_pipe.stages.methods.route import RouteSpec, trainable
 from sherl_pipe.stages.part import load_part
 from transformers import T5Config, T5ForConditionalGeneration
 from tune_tools import World, make_world

@@ -14,10 +14,10 @@ from cli_tools import snapshot, write_rows
 from model_tools import save_model, sentences, write_data
 from sherl_pipe.cache import CacheWriter, FeatureCache
 from sherl_pipe.cache.layout import assign
-from sherl_pipe.pipeline import opening, planning, staff, steps
+from sherl_pipe.pipeline import opening, planning, space, staff, steps
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
-from sherl_pipe.stages.extract import pad_id
+from sherl_pipe.stages.inputs import pad_id
 from sherl_pipe.stages.passes import LivePass
 from sherl_pipe.stages.sample import choose, strata
 from sherl_pipe.stages.scratch import MemoryStore, memory_writer, opened
@@ -56,8 +56,8 @@ def test_what_is_counted_is_what_is_extracted(
 ) -> None:
     config = config_of(tmp_path, family, template=template)
     ready = opening.prepare(config)
-    setup = replace(planning._setup(ready), shard_bytes=1)  # many small shards
-    counted, trees = planning._count(ready, {}, QUIET)
+    setup = replace(planning.setup_of(ready), shard_bytes=1)  # many small shards
+    counted, trees = planning.count(ready, {}, QUIET)
     found = amounts(counted, trees, setup.identity, shard_bytes=1, batch_tokens=256)
     small = {"shard_bytes": 1}
     extractor = staff.Extractor
@@ -116,7 +116,7 @@ def test_the_bound_is_above_what_is_written(
     for codec in ("float32", "int8"):
         config = config_of(tmp_path, "t5", codec=codec)
         ready = opening.prepare(config)
-        bound = upper_bound(ready.sources, planning._trees_of(ready), ready.identity)
+        bound = upper_bound(ready.sources, space._trees_of(ready), ready.identity)
         steps.run_extract(config, QUIET)
         size = sum(len(data) for _, data in snapshot(tmp_path / "cache").values())
         assert size < bound < 60 * size
@@ -135,7 +135,7 @@ def test_strata_have_the_mean_of_all() -> None:
 
 def test_a_sample_has_every_task_by_its_share_and_stays_near_its_size(tmp_path: Path) -> None:
     ready = opening.prepare(config_of(tmp_path, "bert", template="task"))
-    counted, _ = planning._count(ready, {}, QUIET)
+    counted, _ = planning.count(ready, {}, QUIET)
     tables = planning._training_rows(ready.tables)
     total = sum(split.rows for split in counted.splits)
     everything = choose(counted, tables, 16, total)
@@ -165,7 +165,7 @@ def test_a_sample_has_every_task_by_its_share_and_stays_near_its_size(tmp_path: 
 
 def test_texts_that_tasks_share_are_counted_once(tmp_path: Path) -> None:
     ready = opening.prepare(config_of(tmp_path, "bert"))
-    counted, _ = planning._count(ready, {}, QUIET)
+    counted, _ = planning.count(ready, {}, QUIET)
     tables = planning._training_rows(ready.tables)
     total = sum(split.rows for split in counted.splits)
     sample = choose(counted, tables, 16, total * 0.6)
@@ -213,7 +213,7 @@ def test_live_features_are_the_cached_ones(
     steps.run_extract(config, QUIET)
     cache, backbone, tokenizer = steps.open_for_tuning(config, QUIET, whole=True)
     ready = opening.prepare(config)
-    counted, _ = planning._count(ready, {}, QUIET)
+    counted, _ = planning.count(ready, {}, QUIET)
     inputs = {
         identity: row
         for split in counted.splits

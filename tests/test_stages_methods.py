@@ -11,12 +11,13 @@ import pytest
 import torch
 from cli_tools import done, refused
 from model_tools import save_model, write_data
-from sherl_pipe.stages.adapter import read_adapter
+from sherl_pipe.stages.adapter_files import read_adapter
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods import METHODS
-from sherl_pipe.stages.methods.base import Method, Route, RouteSpec
+from sherl_pipe.stages.methods.base import Method
 from sherl_pipe.stages.methods.live import live_encoder
+from sherl_pipe.stages.methods.route import Route, RouteSpec
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ import torch
 from cache_tools import encode
 from sherl_pipe.cache import CODECS, NonFiniteError, StreamSpec
 from sherl_pipe.cache.layout import assign
-from sherl_pipe.stages import passes, quantize
+from sherl_pipe.stages import quantize, shard_buffer
 
 # 99th percentile of the relative error of a token, and what a tap like its neighbour may have.
 ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.01, "int4": 0.08}
@@ -143,9 +143,9 @@ def test_shards_do_not_depend_on_how_many_tokens_are_coded_at_once(
     values[1, 3, 0] = torch.nan
     found = []
     for block, batch in ((1 << 20, values.shape[1]), (7, 11)):
-        monkeypatch.setattr(passes, "BLOCK", block)
+        monkeypatch.setattr(shard_buffer, "BLOCK", block)
         spec = StreamSpec(tuple(range(len(values))), len(values), values.shape[-1])
-        buffer = passes.ShardBuffer(CODECS[name], spec, values.shape[1], torch.device("cpu"))
+        buffer = shard_buffer.ShardBuffer(CODECS[name], spec, values.shape[1], torch.device("cpu"))
         for part in values.split(batch, dim=1):
             buffer.add(part)
         layout, ids = assign(np.full(values.shape[1], 1), values.shape[1], 0), [b"x"] * 99

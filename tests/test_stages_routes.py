@@ -19,7 +19,7 @@ from sherl_pipe.stages.adapter import TunedModel, load_route
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import trainable
+from sherl_pipe.stages.methods.route import trainable
 from sherl_pipe.stages.pack import Pack
 from sherl_pipe.stages.part import load_part
 from sherl_pipe.stages.quantize import turn

@@ -12,8 +12,8 @@ from sherl_pipe.stages.adapter import load_reference
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.families import FAMILIES
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.dtl_encoder import patch_grid
+from sherl_pipe.stages.methods.route import RouteSpec
 from transformers import ViTConfig
 
 FOUR, FIVE = tuple(range(5)), tuple(range(6))

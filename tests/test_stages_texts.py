@@ -20,7 +20,7 @@ from sherl_pipe.pipeline.steps import open_for_tuning, run_extract
 from sherl_pipe.stages.adapter import TunedModel
 from sherl_pipe.stages.demo.grammar import corpus
 from sherl_pipe.stages.methods import find_method
-from sherl_pipe.stages.methods.base import trainable
+from sherl_pipe.stages.methods.route import trainable
 from sherl_pipe.stages.settings import TuneSettings
 from sherl_pipe.stages.task import Task
 from sherl_pipe.stages.texts import IGNORED, padded, text_metrics

@@ -12,7 +12,7 @@ import torch
 from sherl_pipe.cache import CorruptCacheError, InputError, NonFiniteError
 from sherl_pipe.stages import group, tune
 from sherl_pipe.stages.methods import Consolidation
-from sherl_pipe.stages.task import train_and_held_out
+from sherl_pipe.stages.task_rows import train_and_held_out
 from tune_tools import (
     HELD_OUT,
     MUCH,

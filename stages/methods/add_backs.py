@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sherl_pipe.stages.methods.base import joined
 from sherl_pipe.stages.methods.dtl import CompactSide
+from sherl_pipe.stages.methods.route import joined
 from torch import Tensor, nn
 
 

@@ -13,17 +13,11 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.add_backs import adding_back
-from sherl_pipe.stages.methods.base import (
-    Method,
-    PooledRoute,
-    RouteSpec,
-    cached_taps,
-    pooled,
-    require_late,
-)
+from sherl_pipe.stages.methods.base import Method, cached_taps, require_late
 from sherl_pipe.stages.methods.dtl import CompactSide
 from sherl_pipe.stages.methods.dtl_seq2seq import DtlSeq2Seq
 from sherl_pipe.stages.methods.late import encode_late
+from sherl_pipe.stages.methods.route import PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.surgery import late_encoder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

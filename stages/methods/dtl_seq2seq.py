@@ -9,10 +9,10 @@ from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of, norm_of
 from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.add_backs import adding_back
-from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.dtl import CompactSide
 from sherl_pipe.stages.methods.late import decode_late, on_paths
 from sherl_pipe.stages.methods.live import two_memories
+from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

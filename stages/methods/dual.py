@@ -11,8 +11,9 @@ from sherl_pipe.stages import quantize
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Route, RouteSpec, cached_taps, require_late
+from sherl_pipe.stages.methods.base import cached_taps, require_late
 from sherl_pipe.stages.methods.live import inside
+from sherl_pipe.stages.methods.route import Route, RouteSpec
 from sherl_pipe.stages.surgery import TapRecorder, cut_after, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

@@ -13,10 +13,10 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import FAMILIES, Side
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec
 from sherl_pipe.stages.methods.guided import GATE_SCALE
 from sherl_pipe.stages.methods.parts import StackedLinear, start_linear
 from sherl_pipe.stages.methods.published import Names, Published, pair, part, whole
+from sherl_pipe.stages.methods.route import RouteSpec
 from sherl_pipe.stages.surgery import bare, without_embeddings
 from torch import Tensor, nn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import joined
+from sherl_pipe.stages.methods.route import joined
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.methods.base import Method, RouteSpec, cached_taps, require_late
+from sherl_pipe.stages.methods.base import Method, cached_taps, require_late
 from sherl_pipe.stages.methods.readout import ReadoutEncoder
 from sherl_pipe.stages.methods.readout_seq2seq import ReadoutSeq2Seq
+from sherl_pipe.stages.methods.route import RouteSpec
 
 
 class Linear(Method):

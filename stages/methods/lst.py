@@ -14,10 +14,11 @@ from sherl_pipe.cache import InputError, StreamSpec
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, pooled
+from sherl_pipe.stages.methods.base import Method
 from sherl_pipe.stages.methods.ladder import encoder_ladder, layers_of, projection, side_of
 from sherl_pipe.stages.methods.live import live_stack
 from sherl_pipe.stages.methods.lst_seq2seq import LstSeq2Seq
+from sherl_pipe.stages.methods.route import PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.taps import LackingTapsError, paper_blocks
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

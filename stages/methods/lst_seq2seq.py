@@ -8,10 +8,10 @@ from typing import Any
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of, stack_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.ladder import Ladder, bart_ladder, layers_of, projection, t5_ladder
 from sherl_pipe.stages.methods.live import two_memories
 from sherl_pipe.stages.methods.published import Names, Published, pair
+from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

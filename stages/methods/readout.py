@@ -13,8 +13,8 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import POOLS, PooledRoute, RouteSpec
 from sherl_pipe.stages.methods.live import live_encoder
+from sherl_pipe.stages.methods.route import POOLS, PooledRoute, RouteSpec
 from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

@@ -9,10 +9,10 @@ import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of, norm_of, stack_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.parts import Affine, trained_copy
 from sherl_pipe.stages.methods.readout import TapWeights
+from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
 from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree

@@ -16,12 +16,13 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import Method, PooledRoute, RouteSpec, pooled
+from sherl_pipe.stages.methods.base import Method
 from sherl_pipe.stages.methods.consolidation import INITIALISATIONS, Consolidation
 from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
 from sherl_pipe.stages.methods.dual import DualRoute, dual_taps
 from sherl_pipe.stages.methods.late import encode_late
 from sherl_pipe.stages.methods.live import enter_with
+from sherl_pipe.stages.methods.route import PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.methods.sherl_seq2seq import SherlSeq2Seq
 from sherl_pipe.stages.surgery import TapRecorder, late_encoder, share
 from sherl_pipe.stages.taps import LackingTapsError, paper_taps

@@ -10,10 +10,10 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of, norm_of, stack_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.live import enter_with, two_memories
+from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn

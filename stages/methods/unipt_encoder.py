@@ -10,16 +10,10 @@ from sherl_pipe.cache import StreamSpec
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import (
-    Method,
-    PooledRoute,
-    RouteSpec,
-    cached_taps,
-    pooled,
-    require_late,
-)
+from sherl_pipe.stages.methods.base import Method, cached_taps, require_late
 from sherl_pipe.stages.methods.dual import DualRoute, dual_taps
 from sherl_pipe.stages.methods.live import live_encoder
+from sherl_pipe.stages.methods.route import PooledRoute, RouteSpec, pooled
 from sherl_pipe.stages.methods.unipt import UniPT, reduce_packed
 from sherl_pipe.stages.methods.unipt_clip import ClipUniPT
 from sherl_pipe.stages.methods.unipt_seq2seq import UniptSeq2Seq

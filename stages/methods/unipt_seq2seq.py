@@ -9,10 +9,10 @@ import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of, stack_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.methods.base import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.interaction import causal_interaction
 from sherl_pipe.stages.methods.live import inside, two_memories
 from sherl_pipe.stages.methods.parts import trained_norm
+from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
 from sherl_pipe.stages.methods.unipt import VARIANTS, UniPT, reduce_packed
 from sherl_pipe.stages.surgery import TapRecorder, share
 from sherl_pipe.stages.words import PrefixTree
