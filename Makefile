@@ -25,7 +25,7 @@ test: $(VENV)/.installed  ## the fast tests, a file at a time on each of several
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## the slow ones
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --durations=30
 
 check: $(VENV)/.installed  ## lint, format, types
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -51,17 +51,21 @@ def measure(name: str, toy: bool, data: Path, threads: int) -> Record:
     return ROWS[name](Bench(toy, data))
 
 
-def extract(bench: Bench, codec: str) -> float:
-    """Seconds of `sherl-pipe extract` into a new cache."""
-    folder = bench.folder / f"cache-{codec}"
+def extract(bench: Bench, codec: str, *, many: bool = False) -> float:
+    """Seconds of `sherl-pipe extract` into a new cache, which is not kept if it is of `many`."""
+    folder = bench.folder / f"cache-{codec}{'-long' * many}"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {"--model": bench.model, "--data": bench.texts, "--cache": folder, "--codec": codec}
+    texts = bench.long_texts if many else bench.texts
+    options = {"--model": bench.model, "--data": texts, "--cache": folder, "--codec": codec}
     if bench.toy:
         options["--shard-mib"] = "1"
     arguments = ["extract", *(str(part) for pair in options.items() for part in pair)]
     begun = time.perf_counter()
     sherl_pipe(arguments)
-    return time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
+    if many:
+        shutil.rmtree(folder)
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     for codec in CODECS:
         record(f"extraction, {codec}", {"seconds": extract(bench, codec)})
+    more = {"seconds": extract(bench, "int8", many=True), "long_rows": bench.long_rows}
+    record("long extraction, int8", more)
     context = multiprocessing.get_context("spawn")
     for _ in range(arguments.rounds):
         for name in ROWS:
@@ -112,6 +118,20 @@ def feed(arguments: argparse.Namespace) -> None:
     least = found["ready tensors"]
     lines = [[name, f"{each:.4f}", f"{each / least:.2f}"] for name, each in found.items()]
     print(markdown(["int8 from", "s/step", "ratio"], lines))
+
+
+def tunings(steps: Mapping[str, float], extraction: float, rows: int) -> list[list[str]]:
+    """Lines on whole tunings of `rows` training rows, their extraction included."""
+    epoch, chosen = rows // BATCH, "cached sherl, int8, host"
+    once = extraction + EPOCHS * epoch * steps[chosen]
+    many = extraction + TUNINGS * EPOCHS * epoch * steps[chosen]
+    one = f"{EPOCHS * epoch * steps['live sherl'] / once:.1f}x"
+    eight = f"{TUNINGS * EPOCHS * epoch * steps['lora'] / many:.1f}x"
+    return [
+        [f"extraction of {rows:,} rows, int8", f"{extraction:.1f} s", ""],
+        [f"... + {EPOCHS} epochs, against live sherl", f"{once:.1f} s", one],
+        [f"... + {TUNINGS} tunings of {EPOCHS} epochs, against lora", f"{many:.1f} s", eight],
+    ]
 
 
 def report(records: Sequence[Record]) -> str:
@@ -140,22 +160,10 @@ def report(records: Sequence[Record]) -> str:
             ]
         )
     header = ["row", "s/step", "vs full", "vs lora", "vs live sherl", "peak MiB", "trainable"]
-    epoch = records[0]["rows"] // BATCH
-    chosen, extraction = "cached sherl, int8, host", seconds["extraction, int8"]
-    once = extraction + EPOCHS * epoch * steps[chosen]
-    many = extraction + TUNINGS * EPOCHS * epoch * steps[chosen]
+    long_rows: int = rounds["long extraction, int8"][0]["long_rows"]
     whole = [
-        [f"extraction of {records[0]['rows']} rows, int8", f"{extraction:.1f} s", ""],
-        [
-            f"extraction + {EPOCHS} epochs, against live sherl",
-            f"{once:.1f} s",
-            f"{EPOCHS * epoch * steps['live sherl'] / once:.1f}x",
-        ],
-        [
-            f"extraction + {TUNINGS} tunings of {EPOCHS} epochs, against lora",
-            f"{many:.1f} s",
-            f"{TUNINGS * EPOCHS * epoch * steps['lora'] / many:.1f}x",
-        ],
+        *tunings(steps, seconds["extraction, int8"], records[0]["rows"]),
+        *tunings(steps, seconds["long extraction, int8"], long_rows),
     ]
     kind = f"{records[0]['cpu']}, {records[0]['threads']} threads, torch {records[0]['torch']}"
     return "\n".join(

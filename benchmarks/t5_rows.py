@@ -44,6 +44,7 @@ class Bench:
         self.toy, self.data = toy, data
         self.folder = REPOSITORY / "build" / ("t5_base_toy" if toy else "t5_base")
         self.rows = 64 if toy else 768
+        self.long_rows = 96 if toy else 4 * self.rows
         self.steps = 2 if toy else 8
 
     @property
@@ -54,6 +55,11 @@ class Bench:
     def texts(self) -> Path:
         return self.folder / "data"
 
+    @property
+    def long_texts(self) -> Path:
+        """More of them, beside which the start of an extraction takes less."""
+        return self.folder / "data-long"
+
     def prepare(self) -> None:
         """Write the model and the data."""
         if not (self.model / "config.json").exists():
@@ -62,11 +68,16 @@ class Bench:
             config = transformers.T5Config(**shape)
             transformers.T5ForConditionalGeneration(config).save_pretrained(self.model)
             wordpiece_tokenizer().save_pretrained(self.model)
+        self._write(self.texts, self.rows)
+        self._write(self.long_texts, self.long_rows)
+
+    def _write(self, folder: Path, rows: int) -> None:
+        """So many training rows, and 64 others."""
         for task in ("cola", "sst2"):
             lines = (self.data / task / "train.jsonl").read_text(encoding="utf-8").splitlines()
-            half = self.rows // 2
+            half = rows // 2
             for role, part in (("train", lines[:half]), ("validation", lines[half : half + 32])):
-                file = self.texts / "mixed" / f"{role}.jsonl"
+                file = folder / "mixed" / f"{role}.jsonl"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 before = file.read_text(encoding="utf-8") if task == "sst2" else ""
                 file.write_text(before + "\n".join(part) + "\n", encoding="utf-8")

@@ -27,12 +27,14 @@ class Variant:
     Attributes:
         late, init: as of `sherl-pipe tune`.
         tail: whether the tail starts as published, whatever `init` says.
+        gate: what it starts at, whatever `init` says; 0.055 lets half of the last state through.
         taps: which are read; a name of `CHOICES`, or None for all below the late route.
     """
 
     late: int = 2
     init: str = "residual"
     tail: bool = False
+    gate: float | None = None
     taps: str | None = None
 
 
@@ -42,6 +44,7 @@ VARIANTS = {
     "late 3": Variant(late=3),
     "published start": Variant(init="paper"),
     "gate open, tail as published": Variant(tail=True),
+    "gate half open, else as published": Variant(init="paper", gate=0.055),
     "taps as published for T5": Variant(taps="t5"),
     "3 taps, least redundant": Variant(taps="least"),
     "3 taps, evenly spaced": Variant(taps="even"),
@@ -82,6 +85,8 @@ def _built(variant: Variant, backbone: Backbone, spec: RouteSpec) -> Any:
     with torch.no_grad():
         if variant.tail:
             nn.init.normal_(tail.weight, std=0.02)  # as published for this kind of model
+        if variant.gate is not None:
+            route.consolidation.gate.fill_(variant.gate)
     return route
 
 
