@@ -14,7 +14,6 @@ from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, sh
 from sherl_pipe.cache.names import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.inputs import pad_id, read_inputs
-from sherl_pipe.stages.memory import Heap
 from sherl_pipe.stages.passes import MainPass, States, WordsPass
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.shard_buffer import ShardBuffer, token_bytes
@@ -78,7 +77,6 @@ class Extractor:
         self.identity = writer.identity
         self.batch_tokens, self.shard_bytes = batch_tokens, shard_bytes
         self.progress, self.announce = progress, announce
-        self._heap = Heap()
 
     def split(self, source: Source, template: Template, known: dict[bytes, str]) -> list[Report]:
         """Extract one split into the stream of its inputs, and into those of taps that were added
@@ -259,6 +257,5 @@ class Extractor:
                 if committing is not None:
                     report.bytes_written += committing.result()
                 committing = pool.submit(out.commit, shard, *buffer.arrays())
-                self._heap.after_shard()
             if committing is not None:
                 report.bytes_written += committing.result()

@@ -15,7 +15,6 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 # Of its thresholds: larger than anything here, and smaller than what a shard or a batch needs.
 _ALL, _SMALL = 1 << 30, 8 << 20
-SHARDS_BETWEEN = 8
 
 
 def keep_freed_memory() -> None:
@@ -52,24 +51,6 @@ def share_one_arena() -> None:
 def _tell_glibc(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(option, value)
-
-
-class Heap:
-    """Gives what is free in the C library's heap back now and then, where it is glibc.
-
-    Batches of all sizes that two threads compute, and shards that a third one writes, leave holes
-    that grow with every shard: extraction of 64,000 rows with MiniLM took twice what 6,400 took.
-    To give back after every shard costs 6 % of the time, since the pages are asked for again.
-    """
-
-    def __init__(self) -> None:
-        self._shards = 0
-
-    def after_shard(self) -> None:
-        """To be called behind each shard."""
-        self._shards += 1
-        if not self._shards % SHARDS_BETWEEN and platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:

@@ -23,7 +23,6 @@ from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.stages.backbone import Backbone
-from sherl_pipe.stages.memory import Heap
 from sherl_pipe.stages.passes import MainPass, States, WordsPass
 from sherl_pipe.stages.shard_buffer import ShardBuffer
 from sherl_pipe.stages.tokens import Tokens
@@ -133,7 +132,6 @@ class ShardWorker:
         self._main: tuple[str, MainPass] | None = None
         self._words: tuple[tuple[str, str], WordsPass, Layout] | None = None
         self._one_at_a_time = threading.Lock()
-        self._heap = Heap()
 
     def compute(self, job: ShardJob) -> ShardBuffer:
         """The coded rows of a shard. Raises NonFiniteError, CorruptCacheError."""
@@ -143,7 +141,6 @@ class ShardWorker:
             for batch in self._states(job, spec):
                 buffer.add(batch)
             buffer.check(f"{job.split} {job.stream}", job.shard, job.layout(), job.ids)
-            self._heap.after_shard()
         return buffer
 
     def commit(self, job: ShardJob, buffer: ShardBuffer) -> Records:
