@@ -59,7 +59,7 @@ bench-toy: $(VENV)/.bench  ## every benchmark on little data: does it still work
 	$(BIN)/python benchmarks/beyond.py run --tasks cola --variants default "late 3" --data $(TOY)/glue --folder $(TOY)/beyond --results $(TOY)/beyond.jsonl
 	$(BIN)/python benchmarks/beyond.py table --tasks cola --variants default "late 3" --results $(TOY)/beyond.jsonl
 	$(BIN)/python benchmarks/codecs.py --tokens 500 --plot $(TOY)/codecs.svg --data $(TOY)/glue
-	$(BIN)/python benchmarks/t5_base.py run --toy --data $(TOY)/glue
+	$(BIN)/python benchmarks/t5_base.py run --toy --rounds 1 --data $(TOY)/glue
 	$(BIN)/python benchmarks/t5_base.py feed --toy --data $(TOY)/glue
 	$(BIN)/python benchmarks/together.py --toy --data $(TOY)/glue
 	$(BIN)/python benchmarks/extraction.py --toy --data $(TOY)/glue
