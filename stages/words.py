@@ -120,9 +120,8 @@ class PrefixTree:
         paths = torch.tensor(path_of)
         size = len(path_of)
         seen = (paths[:, None] == paths[None, :]) & torch.ones(size, size, dtype=torch.bool).tril()
-        return torch.zeros(size, size, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[
-            None, None
-        ]
+        mask = torch.zeros(size, size, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return mask[None, None]
 
     def first_places(self) -> Tensor:
         """For every node, its first place among the flat paths, `[nodes]`."""
