@@ -31,8 +31,8 @@ from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.opening import Prepared, prepare
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.inputs import pad_id, read_inputs
-from sherl_pipe.stages.memory import PeakMemory, share_one_arena
-from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.memory import PeakMemory, return_freed_memory
+from sherl_pipe.stages.passes import token_batches, tokens_in_batch
 from sherl_pipe.stages.splits import inputs_of
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.tokens import Tokens
@@ -47,7 +47,7 @@ MEMORY_ROWS = 6400
 
 def prepared(model: Path, data: Path, codec: str, folder: Path) -> Prepared:
     """An extraction of one file that is ready to start, as the command prepares one."""
-    share_one_arena()
+    return_freed_memory()
     values = {
         "model": str(model),
         "cache": folder / "cache",
@@ -99,7 +99,7 @@ class Bare:
         self._layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
         model: Any = cut_after(backbone, stream, spec.taps[-1])
         self._model = model.encoder if backbone.family.seq2seq else model
-        self._budget = ready.config.extract.batch_tokens
+        self._budget = tokens_in_batch(ready.config.extract.batch_tokens, backbone.device)
         self._pad = pad_id(ready.tokenizer)
         self.rows = int(self._tokens.lengths.sum())
 

@@ -16,7 +16,7 @@ from sherl_pipe.pipeline.machine import pick_device, spare_threads
 from sherl_pipe.pipeline.opening import DTYPES
 from sherl_pipe.pipeline.record import versions
 from sherl_pipe.stages.backbone import load_backbone
-from sherl_pipe.stages.memory import share_one_arena
+from sherl_pipe.stages.memory import return_freed_memory
 from sherl_pipe.stages.shards import Done, ShardJob, ShardWorker
 
 
@@ -52,7 +52,7 @@ class ShardActor:
 
     def load(self, setup: Setup) -> None:
         """Load the backbone. Raises what that raises, and for packages or weights of others."""
-        share_one_arena()
+        return_freed_memory()
         torch.set_num_threads(setup.threads)
         here = f"worker on {self.place()}"
         try:

@@ -76,14 +76,15 @@ class DataConfig(Section):
 class ExtractConfig(Section):
     """Stage one. `template` None is `task` for text-to-text models and `neutral` for encoders.
 
-    `workers` None is this process alone, or `auto` where there is a `ray_address`.
+    `batch_tokens` None is what suits the device. `workers` None is this process alone, or `auto`
+    where there is a `ray_address`.
     """
 
     codec: Literal["float32", "bfloat16", "int8", "int4"] = "int8"
     taps: Literal["paper", "all"] | tuple[Integer, ...] = "paper"
     template: Literal["task", "neutral"] | None = None
     max_length: Positive = 128
-    batch_tokens: Positive = 4096
+    batch_tokens: Positive | None = None
     shard_mib: Positive = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: Workers = None

@@ -128,7 +128,9 @@ _FEATURES = [
         "--max-length", type=click.IntRange(1), default=128, help="Tokens of a text at most."
     ),
     click.option(
-        "--batch-tokens", type=click.IntRange(1), default=4096, help="Padded tokens a batch."
+        "--batch-tokens",
+        type=click.IntRange(1),
+        help="Padded tokens in a batch.  [default: 512 on a CPU, 4096 on a GPU]",
     ),
     click.option("--shard-mib", type=click.IntRange(1), default=32, help="Size of a shard."),
     click.option(

@@ -25,6 +25,7 @@ from sherl_pipe.stages.amounts import Amount
 from sherl_pipe.stages.inputs import family_of_model
 from sherl_pipe.stages.measure import Setup, measure_streams, tokens_a_second
 from sherl_pipe.stages.missing import words_of
+from sherl_pipe.stages.passes import tokens_in_batch
 from sherl_pipe.stages.rehearse import UNLIMITED, measure_steps
 from sherl_pipe.stages.residency import device_share
 from sherl_pipe.stages.sample import choose
@@ -131,7 +132,7 @@ def setup_of(ready: Prepared) -> Setup:
         ready.tokenizer,
         ready.identity,
         extract.shard_mib << 20,
-        extract.batch_tokens,
+        tokens_in_batch(extract.batch_tokens, ready.backbone.device),
     )
 
 

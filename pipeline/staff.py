@@ -18,6 +18,7 @@ from sherl_pipe.pipeline.opening import Prepared
 from sherl_pipe.stages.crew import CrewExtractor
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.inputs import pad_id
+from sherl_pipe.stages.passes import tokens_in_batch
 
 Employ = Callable[[Prepared, CacheWriter, Bars], AbstractContextManager[Extractor]]
 
@@ -70,17 +71,18 @@ def with_workers(
     """Workers that `engine` runs; `options` as those of `Workers`."""
     # Workers need not start in this folder.
     config, path = ready.config, place_from_root(ready.path)
+    device = "cuda" if options["gpus"] else "cpu"
     setup = Setup(
         model=model_from_root(config.model),
         revision=ready.backbone.revision or config.revision,
         dtype=config.extract.dtype,
-        device="cuda" if options["gpus"] else "cpu",
+        device=device,
         threads=max(1, options["cpus"]),
         path=path,
         identity=writer.identity,
         token=admit(path),
         pad_id=pad_id(ready.tokenizer),
-        batch_tokens=config.extract.batch_tokens,
+        batch_tokens=tokens_in_batch(config.extract.batch_tokens, torch.device(device)),
     )
     if not any(table.spec.kind == "text" for table in ready.tables):
         # Needed no more, the workers' copies want the memory; free-text targets are extracted here.

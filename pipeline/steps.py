@@ -31,7 +31,7 @@ from sherl_pipe.pipeline.staff import staff_for
 from sherl_pipe.stages.backbone import Backbone, load_backbone
 from sherl_pipe.stages.extract import Extractor, Report
 from sherl_pipe.stages.inputs import check_preprocessor, load_preprocessor
-from sherl_pipe.stages.memory import keep_freed_memory, share_one_arena
+from sherl_pipe.stages.memory import keep_freed_memory, return_freed_memory
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.missing import missing_targets, missing_words
 from sherl_pipe.stages.part import load_part
@@ -46,7 +46,7 @@ def run_extract(config: RunConfig, bars: Bars) -> list[Report]:
     where the disk cannot hold it; WorkerError for shards that kill their workers, after all others
     are done.
     """
-    share_one_arena()
+    return_freed_memory()
     with staff_for(config) as employ:
         ready = prepare(config, bars)
         path, identity = ready.path, ready.identity

@@ -14,7 +14,8 @@ from sherl_pipe.cache.layout import SHARD_BYTES, Layout, assign, same_shards, sh
 from sherl_pipe.cache.names import stream_kind
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.inputs import pad_id, read_inputs
-from sherl_pipe.stages.passes import MainPass, States, WordsPass
+from sherl_pipe.stages.memory import return_holes
+from sherl_pipe.stages.passes import MainPass, States, WordsPass, tokens_in_batch
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.shard_buffer import ShardBuffer, token_bytes
 from sherl_pipe.stages.source import Source
@@ -24,8 +25,6 @@ from sherl_pipe.stages.text_passes import ContinuationsPass, TargetsPass
 from sherl_pipe.stages.texts import TargetTexts
 from sherl_pipe.stages.tokens import Tokens, tokenize
 from sherl_pipe.stages.words import PrefixTree
-
-BATCH_TOKENS = 4096
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Extractor:
         writer: the open cache.
         backbone: the frozen model, on its device.
         tokenizer: the model's own, or its image processor as a `PictureReader`.
-        batch_tokens: padded tokens in a batch; bounds memory.
+        batch_tokens: padded tokens in a batch; None for what suits the device.
         shard_bytes: size of a full shard before compression.
         progress, announce: told of progress, and once per stream of what will be done.
     """
@@ -68,14 +67,15 @@ class Extractor:
         backbone: Backbone,
         tokenizer: Any,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         shard_bytes: int = SHARD_BYTES,
         progress: Progress = silent,
         announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.writer, self.backbone, self.tokenizer = writer, backbone, tokenizer
         self.identity = writer.identity
-        self.batch_tokens, self.shard_bytes = batch_tokens, shard_bytes
+        self.batch_tokens = tokens_in_batch(batch_tokens, backbone.device)
+        self.shard_bytes = shard_bytes
         self.progress, self.announce = progress, announce
 
     def split(self, source: Source, template: Template, known: dict[bytes, str]) -> list[Report]:
@@ -90,23 +90,29 @@ class Extractor:
         Raises NonFiniteError, StaleCacheError, StorageError.
         """
         stream = source.stream or self.backbone.family.main
-        inputs = inputs_of(source, template, known)
-        tokens = read_inputs(
-            self.tokenizer, list(inputs.texts.values()), self.identity.max_length, self.progress
-        )
+        ids, tokens, notes = self._read(source, template, known)
         spec = self.identity.streams[stream]
         capacity = shard_capacity(spec, self.identity.codec, self.shard_bytes)
         layout = assign(tokens.lengths, capacity, self.identity.seed)
-        ids, notes = list(inputs.texts), inputs.notes(tokens)
         reports = []
         for part in self._parts(stream):
             out = self.writer.stream(source.name, part, ids, layout, notes)
-            report = self._report(out, layout, reused=inputs.reused, truncated=tokens.truncated)
+            report = self._report(out, layout, reused=notes["reused"], truncated=tokens.truncated)
             if out.pending():
                 self._extract_main(out, layout, ids, tokens, report)
             self._finish(out)
             reports.append(report)
         return reports
+
+    def _read(
+        self, source: Source, template: Template, known: dict[bytes, str]
+    ) -> tuple[list[bytes], Tokens, dict[str, Any]]:
+        """Ids and tokens of a split's inputs, whose texts are held no longer than this takes, and
+        what its manifest says of them."""
+        inputs = inputs_of(source, template, known)
+        length = self.identity.max_length
+        tokens = read_inputs(self.tokenizer, list(inputs.texts.values()), length, self.progress)
+        return list(inputs.texts), tokens, inputs.notes(tokens)
 
     def words(self, cache: FeatureCache, split: str, tree: PrefixTree) -> list[Report]:
         """Extract the decoder states of a prefix tree for a split, from its cached encoder.
@@ -254,6 +260,7 @@ class Extractor:
                     done += batch.shape[1]
                     self.progress(what, done, total, "tokens")
                 buffer.check(what, shard, layout, ids)
+                return_holes()
                 if committing is not None:
                     report.bytes_written += committing.result()
                 committing = pool.submit(out.commit, shard, *buffer.arrays())

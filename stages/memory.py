@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what was held before it."""
+"""What the C library does with freed memory, and the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
+_GLIBC = platform.libc_ver()[0] == "glibc"
 # Numbers of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 # Of its thresholds: larger than anything here, and smaller than what a shard or a batch needs.
@@ -24,7 +25,7 @@ def keep_freed_memory() -> None:
     fresh from the system each time cost a tenth of a step at the size of t5-base. All threads share
     one arena, so that a step reuses what readers of shards have freed.
     """
-    share_one_arena()
+    _tell_glibc(_ARENA_MAX, 1)
     for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         _tell_glibc(option, _ALL)
 
@@ -32,24 +33,27 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Let the C library give large pieces back as they are freed, where it is glibc.
 
-    While shards are read beside training steps, pieces of many sizes come and go, and what is kept
-    of them breaks into holes that fit nothing: a third of a gigabyte with 43 shards of MiniLM.
+    While shards are written, or read beside training steps, pieces of many sizes come and go, and
+    what is kept of them breaks into holes that fit nothing: a third of a gigabyte with 43 shards of
+    MiniLM.
     """
     for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
         _tell_glibc(option, _SMALL)
 
 
-def share_one_arena() -> None:
-    """Let all threads that begin from now on share one arena of the C library, where it is glibc.
+def return_holes() -> None:
+    """Let the C library give back what lies free between pieces in use, where it is glibc.
 
-    With arenas of their own, threads that compute batches side by side each keep what they have
-    freed; extraction with MiniLM then takes a quarter more, in the same time.
+    Once a shard is seldom enough to cost little, and often enough that holes do not add up: batches
+    that are computed side by side are of many sizes, and those that a shard leaves fit few of the
+    next one's.
     """
-    _tell_glibc(_ARENA_MAX, 1)
+    if _GLIBC:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tell_glibc(option: int, value: int) -> None:
-    if platform.libc_ver()[0] == "glibc":
+    if _GLIBC:
         ctypes.CDLL(None).mallopt(option, value)
 
 

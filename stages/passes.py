@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,21 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
 # Batches that are computed at the same time on a processor, at most: each takes its own memory.
-TOGETHER = 4
+TOGETHER = 8
+
+# Padded tokens in a batch. On a processor few, so that what an operation reads and writes stays in
+# its cache; a GPU wants many to be busy.
+CPU_TOKENS, GPU_TOKENS = 512, 4096
 
 # States `[K, n, d]`, batch by batch.
 States = Generator[Tensor, None, None]
+
+Job = TypeVar("Job")
+
+
+def tokens_in_batch(wanted: int | None, device: torch.device) -> int:
+    """Padded tokens in a batch: as many as wanted, or what suits the device."""
+    return wanted or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
 
 
 def token_batches(
@@ -42,10 +53,16 @@ def token_batches(
             start = end
 
 
+def batches_of(
+    shards: Sequence[int], layout: Layout, lengths: npt.NDArray[np.int64], budget: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The batches of shards, one after another; arguments as of `token_batches`."""
+    for shard in shards:
+        yield from token_batches(layout.members(shard), lengths, budget)
+
+
 def side_by_side(
-    work: Callable[[npt.NDArray[np.int64]], Tensor],
-    batches: Iterable[npt.NDArray[np.int64]],
-    device: torch.device,
+    work: Callable[[Job], Tensor], batches: Iterable[Job], device: torch.device
 ) -> States:
     """What `work` makes of each batch, in order, without gradients.
 
@@ -55,12 +72,13 @@ def side_by_side(
     """
 
     @torch.inference_mode()
-    def frozen(batch: npt.NDArray[np.int64]) -> Tensor:
+    def frozen(batch: Job) -> Tensor:
         return work(batch)
 
     threads = torch.get_num_threads()
     source = iter(batches)
-    first = list(islice(source, min(threads, TOGETHER) if device.type == "cpu" else 1))
+    most = threads // -(-threads // TOGETHER) if device.type == "cpu" else 1
+    first = list(islice(source, most))
     if len(first) < 2:
         yield from map(frozen, chain(first, source))
         return
@@ -109,9 +127,7 @@ class MainPass:
 
     def states(self, shards: Sequence[int], layout: Layout) -> States:
         """`[K, n, d]` of the rows of shards, one after another, batch by batch, in their order."""
-        lengths, budget = self.tokens.lengths, self._batch_tokens
-        members = map(layout.members, shards)
-        batches = (batch for each in members for batch in token_batches(each, lengths, budget))
+        batches = batches_of(shards, layout, self.tokens.lengths, self._batch_tokens)
         return side_by_side(self.of, batches, self._device)
 
     def of(self, examples: npt.NDArray[np.int64]) -> Tensor:
@@ -140,29 +156,25 @@ class DecoderPass:
         self._taps, self._dtype = taps, backbone.dtype
         self._family = backbone.family
 
-    def states(
-        self,
-        encoder: Packed,
-        inputs: Tensor,
-        mask: Tensor | None,
-        places: Tensor | None = None,
-    ) -> Tensor:
+    def placed(self, places: Tensor) -> AbstractContextManager[None]:
+        """Inside, tokens stand at `places`, `[P]`, for learned positions."""
+        return placed(self._decoder, self._family, places)
+
+    def states(self, encoder: Packed, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """`[K, B, P, d]` at every position.
 
         Args:
             encoder: its top tap, `states [1, n, d]`.
             inputs: decoder token ids `[B, P]`.
             mask: additive, `[B, 1, P, P]`; causal where None.
-            places: `[P]`, where tokens are for learned positions; one behind another where None.
         """
-        with placed(self._decoder, self._family, places):
-            self._decoder(
-                input_ids=inputs,
-                attention_mask=mask,
-                encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
-                encoder_attention_mask=encoder.mask().long(),
-                use_cache=False,
-            )
+        self._decoder(
+            input_ids=inputs,
+            attention_mask=mask,
+            encoder_hidden_states=encoder.pad(self._norm(encoder.states[0].to(self._dtype))),
+            encoder_attention_mask=encoder.mask().long(),
+            use_cache=False,
+        )
         return torch.stack([self._recorder.states[tap] for tap in self._taps])
 
 
@@ -195,47 +207,55 @@ class CachedTop:
         return Packed(state, torch.from_numpy(index[list(examples), 2]).to(self._device))
 
 
-class ShardByShard(ABC):
-    """Passes whose shards are computed one after another."""
+def batches_with_tops(
+    encoder: Stream,
+    shards: Sequence[int],
+    layout: Layout,
+    lengths: npt.NDArray[np.int64],
+    budget: int,
+    device: torch.device,
+) -> Iterator[tuple[CachedTop, npt.NDArray[np.int64]]]:
+    """The batches of shards, one after another, each with its shard's encoder states.
 
-    def states(self, shards: Sequence[int], layout: Layout) -> States:
-        """`[K, n, d]` of the rows of shards, in their order."""
-        for shard in shards:
-            yield from self.of_shard(shard, layout)
+    Args:
+        encoder: the cached stream.
+        layout: of what is computed; its examples stand in the same shards as the encoder's.
+        lengths: tokens that an example takes of a batch's `budget`.
+    """
+    for shard in shards:
+        top = CachedTop(encoder, shard, device)
+        for batch in batches_of([shard], layout, lengths, budget):
+            yield top, batch
 
-    @abstractmethod
-    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of one shard's rows, batch by batch."""
 
-
-class WordsPass(ShardByShard):
+class WordsPass:
     """The decoder over all label-word prefixes, fed by the cached encoder."""
 
     def __init__(
         self, backbone: Backbone, spec: StreamSpec, encoder: Stream, tree: PrefixTree, batch: int
     ) -> None:
         self._decoder = DecoderPass(backbone, spec.taps)
-        self._encoder, self._tree = encoder, tree
-        self._device, self._dtype, self._batch = backbone.device, backbone.dtype, batch
+        self._encoder, self._batch, self._device = encoder, batch, backbone.device
+        self._tokens = tree.flat_tokens().to(self._device)
+        self._mask = tree.flat_mask(backbone.dtype).to(self._device)
+        self._first = tree.first_places().to(self._device)
+        self._places = tree.flat_places().to(self._device)
 
-    @torch.inference_mode()
-    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all nodes of one example, then of the next."""
-        top = CachedTop(self._encoder, shard, self._device)
-        members = layout.members(shard)
-        index = self._encoder.layout.index
-        tokens = self._tree.flat_tokens().to(self._device)
-        mask = self._tree.flat_mask(self._dtype).to(self._device)
-        first = self._tree.first_places().to(self._device)
-        places = self._tree.flat_places().to(self._device)
-        for batch in token_batches(members, index[:, 2] + len(tokens), self._batch):
-            states = self._decoder.states(
-                top.states(batch.tolist()),
-                tokens.expand(len(batch), -1),
-                mask.expand(len(batch), -1, -1, -1),
-                places,
-            )
-            yield states[:, :, first].flatten(1, 2)
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all nodes of one example, then of the next."""
+        lengths = self._encoder.layout.index[:, 2] + len(self._tokens)
+        batches = batches_with_tops(
+            self._encoder, shards, layout, lengths, self._batch, self._device
+        )
+        with self._decoder.placed(self._places):
+            yield from side_by_side(self._of, batches, self._device)
+
+    def _of(self, job: tuple[CachedTop, npt.NDArray[np.int64]]) -> Tensor:
+        top, batch = job
+        tokens = self._tokens.expand(len(batch), -1)
+        mask = self._mask.expand(len(batch), -1, -1, -1)
+        states = self._decoder.states(top.states(batch.tolist()), tokens, mask)
+        return states[:, :, self._first].flatten(1, 2)
 
 
 class LivePass:

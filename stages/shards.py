@@ -23,6 +23,7 @@ from sherl_pipe.cache.place import Place
 from sherl_pipe.cache.shard_writer import ShardWriter, stream_files
 from sherl_pipe.cache.stores import open_store
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.memory import return_holes
 from sherl_pipe.stages.passes import MainPass, States, WordsPass
 from sherl_pipe.stages.shard_buffer import ShardBuffer
 from sherl_pipe.stages.tokens import Tokens
@@ -141,6 +142,7 @@ class ShardWorker:
             for batch in self._states(job, spec):
                 buffer.add(batch)
             buffer.check(f"{job.split} {job.stream}", job.shard, job.layout(), job.ids)
+            return_holes()
         return buffer
 
     def commit(self, job: ShardJob, buffer: ShardBuffer) -> Records:

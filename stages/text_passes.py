@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sherl_pipe.cache import Stream, StreamSpec
 from sherl_pipe.cache.layout import Layout
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import blocks_of
 from sherl_pipe.stages.features import Packed
-from sherl_pipe.stages.passes import CachedTop, DecoderPass, ShardByShard, token_batches
+from sherl_pipe.stages.passes import (
+    CachedTop,
+    DecoderPass,
+    States,
+    batches_of,
+    batches_with_tops,
+    side_by_side,
+)
 from sherl_pipe.stages.surgery import TapRecorder, cut_after
 from sherl_pipe.stages.texts import TargetTexts
 from torch import Tensor
 
 
-class TargetsPass(ShardByShard):
+class TargetsPass:
     """The decoder over the targets of every example, fed by the cached encoder."""
 
     def __init__(
@@ -34,16 +42,16 @@ class TargetsPass(ShardByShard):
         self._targets = [texts.of(row.tobytes()) for row in encoder.ids]
         self._longest = max((len(t) for each in self._targets for t in each), default=0)
 
-    @torch.inference_mode()
-    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
-        top = CachedTop(self._encoder, shard, self._device)
-        index = self._encoder.layout.index
-        lengths = index[:, 2] + self._longest
-        for batch in token_batches(layout.members(shard), lengths, self._batch):
-            yield self._of(top, batch.tolist())
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
+        lengths = self._encoder.layout.index[:, 2] + self._longest
+        batches = batches_with_tops(
+            self._encoder, shards, layout, lengths, self._batch, self._device
+        )
+        return side_by_side(self._of, batches, self._device)
 
-    def _of(self, top: CachedTop, examples: Sequence[int]) -> Tensor:
+    def _of(self, job: tuple[CachedTop, npt.NDArray[np.int64]]) -> Tensor:
+        top, examples = job[0], job[1].tolist()
         memory = top.states(examples)
         # An example's memory stands once for each of its targets.
         owners = [place for place, each in enumerate(examples) for _ in self._targets[each]]
@@ -58,7 +66,7 @@ class TargetsPass(ShardByShard):
         return found[:, inside.to(self._device)]
 
 
-class ContinuationsPass(ShardByShard):
+class ContinuationsPass:
     """A causal model over prompts with their targets behind them, of which the latter are kept.
 
     Args:
@@ -86,22 +94,24 @@ class ContinuationsPass(ShardByShard):
         longest = max((len(t) for each in targets for t in each), default=0)
         self._lengths = np.array([len(each) + longest for each in prompts], np.int64)
 
-    @torch.inference_mode()
-    def of_shard(self, shard: int, layout: Layout) -> Iterator[Tensor]:
-        """`[K, n, d]` of the shard's rows: all targets of one example, then of the next."""
-        for batch in token_batches(layout.members(shard), self._lengths, self._batch):
-            pairs = [
-                (self._prompts[each], self._texts.inputs(target))
-                for each in batch.tolist()
-                for target in self._targets[each]
-            ]
-            inputs, inside = padded_inputs([prompt + target for prompt, target in pairs])
-            self._model(
-                input_ids=inputs.to(self._device), attention_mask=inside.long().to(self._device)
-            )
-            begin = torch.tensor([len(prompt) for prompt, _ in pairs])
-            kept = inside & (torch.arange(inputs.shape[1]) >= begin[:, None])
-            yield self._recorder.stacked(self._taps)[:, kept.to(self._device)]
+    def states(self, shards: Sequence[int], layout: Layout) -> States:
+        """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
+        batches = batches_of(shards, layout, self._lengths, self._batch)
+        return side_by_side(self._of, batches, self._device)
+
+    def _of(self, batch: npt.NDArray[np.int64]) -> Tensor:
+        pairs = [
+            (self._prompts[each], self._texts.inputs(target))
+            for each in batch.tolist()
+            for target in self._targets[each]
+        ]
+        inputs, inside = padded_inputs([prompt + target for prompt, target in pairs])
+        self._model(
+            input_ids=inputs.to(self._device), attention_mask=inside.long().to(self._device)
+        )
+        begin = torch.tensor([len(prompt) for prompt, _ in pairs])
+        kept = inside & (torch.arange(inputs.shape[1]) >= begin[:, None])
+        return self._recorder.stacked(self._taps)[:, kept.to(self._device)]
 
 
 def padded_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

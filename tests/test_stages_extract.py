@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 from model_tools import save_model, write_data
-from sherl_pipe.cache import FeatureCache, InputError, NonFiniteError
+from sherl_pipe.cache import CacheWriter, FeatureCache, InputError, NonFiniteError
 from sherl_pipe.pipeline import machine
 from sherl_pipe.pipeline.config import RunConfig, make_config
 from sherl_pipe.pipeline.console import Bars
+from sherl_pipe.pipeline.opening import prepare
+from sherl_pipe.pipeline.planning import setup_of
 from sherl_pipe.pipeline.steps import run_extract
 from sherl_pipe.stages.backbone import load_backbone
+from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.families import FAMILIES
-from sherl_pipe.stages.passes import side_by_side, token_batches
+from sherl_pipe.stages.passes import side_by_side, token_batches, tokens_in_batch
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.taps import extracted_taps, paper_blocks
 from sherl_pipe.stages.tokens import load_tokenizer
@@ -90,7 +93,7 @@ def test_non_finite_states_name_tap_and_examples(tmp_path: Path, codec: str) -> 
     assert left == []
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "t5", "bart", "gpt2"])
 def test_batches_that_are_computed_side_by_side_are_those_of_one_thread(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +110,17 @@ def test_batches_that_are_computed_side_by_side_are_those_of_one_thread(
             torch.set_num_threads(before)
         many, one = (FeatureCache.open(tmp_path / name) for name in (str(threads), "cache"))
         assert many.content() == one.content()
+
+
+def test_tokens_in_a_batch_are_what_is_asked_for_or_what_suits_the_device(tmp_path: Path) -> None:
+    assert tokens_in_batch(7, torch.device("cpu")) == tokens_in_batch(7, torch.device("cuda")) == 7
+    few, many = (tokens_in_batch(None, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert few < many
+    config = config_of(tmp_path, "bert", batch_tokens=None)
+    ready = prepare(config, QUIET)
+    with CacheWriter.open(ready.path, ready.identity) as writer:
+        assert Extractor(writer, ready.backbone, ready.tokenizer).batch_tokens == few
+    assert setup_of(ready).batch_tokens == few
 
 
 def test_an_error_in_one_batch_ends_those_beside_it(tmp_path: Path) -> None:
