@@ -43,7 +43,8 @@ def overflowed(codec: Codec, values: Tensor) -> Tensor:
         "float32": torch.finfo(torch.float32).max,
     }.get(codec.name, _LARGEST)
     # NaN compares false, so it counts as overflowed too.
-    return ~(values.float().abs().amax(-1) <= limit)
+    values = values.float()
+    return ~(torch.maximum(values.amax(-1), -values.amin(-1)) <= limit)
 
 
 def decode(
