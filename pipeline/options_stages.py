@@ -130,7 +130,7 @@ _FEATURES = [
     click.option(
         "--batch-tokens",
         type=click.IntRange(1),
-        help="Padded tokens in a batch.  [default: 512 on a CPU, 4096 on a GPU]",
+        help="Padded tokens in a batch.  [default: 4096; on a CPU 512, more for narrow models]",
     ),
     click.option("--shard-mib", type=click.IntRange(1), default=32, help="Size of a shard."),
     click.option(

@@ -132,7 +132,7 @@ def setup_of(ready: Prepared) -> Setup:
         ready.tokenizer,
         ready.identity,
         extract.shard_mib << 20,
-        tokens_in_batch(extract.batch_tokens, ready.backbone.device),
+        tokens_in_batch(extract.batch_tokens, ready.backbone.width, ready.backbone.device),
     )
 
 

@@ -82,7 +82,9 @@ def with_workers(
         identity=writer.identity,
         token=admit(path),
         pad_id=pad_id(ready.tokenizer),
-        batch_tokens=tokens_in_batch(config.extract.batch_tokens, torch.device(device)),
+        batch_tokens=tokens_in_batch(
+            config.extract.batch_tokens, ready.backbone.width, torch.device(device)
+        ),
     )
     if not any(table.spec.kind == "text" for table in ready.tables):
         # Needed no more, the workers' copies want the memory; free-text targets are extracted here.

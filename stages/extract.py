@@ -74,7 +74,7 @@ class Extractor:
     ) -> None:
         self.writer, self.backbone, self.tokenizer = writer, backbone, tokenizer
         self.identity = writer.identity
-        self.batch_tokens = tokens_in_batch(batch_tokens, backbone.device)
+        self.batch_tokens = tokens_in_batch(batch_tokens, backbone.width, backbone.device)
         self.shard_bytes = shard_bytes
         self.progress, self.announce = progress, announce
 

@@ -27,8 +27,9 @@ from torch import Tensor
 TOGETHER = 8
 
 # Padded tokens in a batch. On a processor few, so that what an operation reads and writes stays in
-# its cache; a GPU wants many to be busy.
-CPU_TOKENS, GPU_TOKENS = 512, 4096
+# its cache: so many values of a tap, within limits. A GPU wants many to be busy.
+FEWEST_TOKENS, MOST_TOKENS = 512, 4096
+CACHED_VALUES = 192 << 10
 
 # States `[K, n, d]`, batch by batch.
 States = Generator[Tensor, None, None]
@@ -36,9 +37,12 @@ States = Generator[Tensor, None, None]
 Job = TypeVar("Job")
 
 
-def tokens_in_batch(wanted: int | None, device: torch.device) -> int:
-    """Padded tokens in a batch: as many as wanted, or what suits the device."""
-    return wanted or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+def tokens_in_batch(wanted: int | None, width: int, device: torch.device) -> int:
+    """Padded tokens in a batch: as many as wanted, or what suits a device and states of `width`."""
+    if wanted is not None:
+        return wanted
+    cached = CACHED_VALUES // width if device.type == "cpu" else MOST_TOKENS
+    return min(max(cached, FEWEST_TOKENS), MOST_TOKENS)
 
 
 def token_batches(

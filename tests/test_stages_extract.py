@@ -113,14 +113,16 @@ def test_batches_that_are_computed_side_by_side_are_those_of_one_thread(
 
 
 def test_tokens_in_a_batch_are_what_is_asked_for_or_what_suits_the_device(tmp_path: Path) -> None:
-    assert tokens_in_batch(7, torch.device("cpu")) == tokens_in_batch(7, torch.device("cuda")) == 7
-    few, many = (tokens_in_batch(None, torch.device(kind)) for kind in ("cpu", "cuda"))
-    assert few < many
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert tokens_in_batch(7, 768, cpu) == tokens_in_batch(7, 768, cuda) == 7
+    by_width = [tokens_in_batch(None, width, cpu) for width in (4096, 768, 96, 8)]
+    assert by_width == [512, 512, 2048, 4096]
+    assert tokens_in_batch(None, 8, cuda) == tokens_in_batch(None, 4096, cuda) == 4096
     config = config_of(tmp_path, "bert", batch_tokens=None)
     ready = prepare(config, QUIET)
     with CacheWriter.open(ready.path, ready.identity) as writer:
-        assert Extractor(writer, ready.backbone, ready.tokenizer).batch_tokens == few
-    assert setup_of(ready).batch_tokens == few
+        assert Extractor(writer, ready.backbone, ready.tokenizer).batch_tokens == 4096
+    assert setup_of(ready).batch_tokens == 4096
 
 
 def test_an_error_in_one_batch_ends_those_beside_it(tmp_path: Path) -> None:
