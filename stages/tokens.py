@@ -42,7 +42,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 class TokenRows(Sequence[dict[str, npt.NDArray[np.int32]]]):
-    """Rows of token ids that stand one behind another, in a fraction of the memory of arrays.
+    """Rows of token ids that stand one behind another, which takes less than an array each.
 
     Args:
         values: of all rows, by name (`input_ids`, `token_type_ids`, ...).

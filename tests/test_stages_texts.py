@@ -13,6 +13,7 @@ import torch
 from cli_tools import done, refused, snapshot, write_rows
 from model_tools import WORDS, save_model, sentences
 from sherl_pipe.cache import FeatureCache
+from sherl_pipe.pipeline import machine
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.predict import Predictor
@@ -88,6 +89,26 @@ def live_batch(setting: dict[str, Any], role: str, side: str = "right") -> dict[
     tokenizer.padding_side = "right"
     assert len({len(each) for each in targets}) > 2
     return {**inputs, "labels": padded([tuple(each) for each in targets])}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2"])
+def test_targets_that_are_computed_side_by_side_are_those_of_one_thread(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "TINY", 0)  # a small model gets one thread
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        try:
+            torch.set_num_threads(threads)
+            content = prepare(tmp_path / str(threads), family)["cache"].content()
+            found.append({name: each for name, each in content if name != "zarr.json"})  # has paths
+        finally:
+            torch.set_num_threads(before)
+    one, many = found
+    assert one == many
+    streams = {name.split("/")[2] for name in one if name.startswith("say/train/")}
+    assert len(streams - {"zarr.json"}) == 2  # inputs and targets
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
