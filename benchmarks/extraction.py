@@ -35,7 +35,7 @@ from sherl_pipe.pipeline.opening import Prepared, prepare
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.inputs import pad_id, read_inputs
 from sherl_pipe.stages.memory import PeakMemory, return_freed_memory
-from sherl_pipe.stages.passes import token_batches, tokens_in_batch
+from sherl_pipe.stages.passes import batches_of, tokens_in_batch
 from sherl_pipe.stages.splits import inputs_of
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.tokens import Tokens
@@ -139,10 +139,9 @@ class Bare:
     def run(self) -> npt.NDArray[np.float64]:
         """What all passes take, as a `Clock` tells it."""
         begun = Clock()
-        for shard in range(self._layout.shards):
-            members = self._layout.members(shard)
-            for batch in token_batches(members, self._tokens.lengths, self._budget):
-                self._model(**self._tokens.batch(batch.tolist(), self._pad))
+        shards = range(self._layout.shards)
+        for batch in batches_of(shards, self._layout, self._tokens.lengths, self._budget):
+            self._model(**self._tokens.batch(batch.tolist(), self._pad))
         return begun.spent()
 
 

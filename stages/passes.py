@@ -215,7 +215,7 @@ def batches_with_tops(
     encoder: Stream,
     shards: Sequence[int],
     layout: Layout,
-    lengths: npt.NDArray[np.int64],
+    beside: int,
     budget: int,
     device: torch.device,
 ) -> Iterator[tuple[CachedTop, npt.NDArray[np.int64]]]:
@@ -224,8 +224,9 @@ def batches_with_tops(
     Args:
         encoder: the cached stream.
         layout: of what is computed; its examples stand in the same shards as the encoder's.
-        lengths: tokens that an example takes of a batch's `budget`.
+        beside: what an example takes of a batch's `budget` beside its encoder tokens.
     """
+    lengths = encoder.layout.index[:, 2] + beside
     for shard in shards:
         top = CachedTop(encoder, shard, device)
         for batch in batches_of([shard], layout, lengths, budget):
@@ -247,9 +248,8 @@ class WordsPass:
 
     def states(self, shards: Sequence[int], layout: Layout) -> States:
         """`[K, n, d]` of the rows of shards: all nodes of one example, then of the next."""
-        lengths = self._encoder.layout.index[:, 2] + len(self._tokens)
         batches = batches_with_tops(
-            self._encoder, shards, layout, lengths, self._batch, self._device
+            self._encoder, shards, layout, len(self._tokens), self._batch, self._device
         )
         with self._decoder.placed(self._places):
             yield from side_by_side(self._of, batches, self._device)

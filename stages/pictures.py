@@ -253,7 +253,7 @@ class Pictures(Tokens):
     reader: PictureReader
     size: int
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.full(len(self.inputs), self.size, np.int64)
 

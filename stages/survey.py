@@ -15,7 +15,7 @@ from sherl_pipe.cache.schema import MAX_ROWS
 from sherl_pipe.stages.amounts import Amount, TaskAmount
 from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.inputs import read_inputs
-from sherl_pipe.stages.passes import token_batches
+from sherl_pipe.stages.passes import batches_of
 from sherl_pipe.stages.pictures import Picture
 from sherl_pipe.stages.progress import Progress, silent
 from sherl_pipe.stages.shard_buffer import token_bytes
@@ -208,11 +208,9 @@ def padded_tokens(layout: Layout, lengths: Ints, batch_tokens: int) -> int:
     """
     shards = range(layout.shards)[:: max(1, layout.shards // LOOKED_AT)]
     padded = plain = 0
-    for shard in shards:
-        members = layout.members(shard)
-        plain += int(lengths[members].sum())
-        for batch in token_batches(members, lengths, batch_tokens):
-            padded += int(lengths[batch].max()) * len(batch)
+    for batch in batches_of(shards, layout, lengths, batch_tokens):
+        plain += int(lengths[batch].sum())
+        padded += int(lengths[batch].max()) * len(batch)
     return round(padded * int(lengths.sum()) / max(1, plain))
 
 

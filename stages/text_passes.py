@@ -44,9 +44,8 @@ class TargetsPass:
 
     def states(self, shards: Sequence[int], layout: Layout) -> States:
         """`[K, n, d]` of the rows of shards: all targets of one example, then of the next."""
-        lengths = self._encoder.layout.index[:, 2] + self._longest
         batches = batches_with_tops(
-            self._encoder, shards, layout, lengths, self._batch, self._device
+            self._encoder, shards, layout, self._longest, self._batch, self._device
         )
         return side_by_side(self._of, batches, self._device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, overload
 
@@ -84,7 +85,7 @@ class Tokens:
     inputs: Sequence[Any]
     truncated: int
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.array([len(each["input_ids"]) for each in self.inputs], np.int64)
 
