@@ -297,14 +297,15 @@ class FeatureSource:
                 length = np.array([len(path) for path in chosen], np.int64)
                 offset = np.concatenate([np.asarray(path, np.int64) for path in chosen])
             where = np.repeat(start, length) + offset
-            codes, scales = shelf.rows(role, where, self.device)
+            codes, scales, places = shelf.rows(role, where, self.device)
             stream = next(iter(self._streams[role].values()))
             _, picks = stream.places(reading.taps)
             # A method that begins with a linear layer can turn its weights instead, forward and
             # back, which pays where they are fewer.
             turned = len(where) >= MANY_ROWS
+            width = stream.spec.width
             states = quantize.decode(
-                self._codec, codes, scales, stream.spec.width, picks, turned=turned
+                self._codec, codes, scales, width, picks, rows=places, turned=turned
             )
             lengths = torch.from_numpy(length).to(self.device)
             streams[role] = Packed(states, lengths, self._codec.group if turned else 0)

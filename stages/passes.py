@@ -24,7 +24,7 @@ from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
 # Batches that are computed at the same time on a processor, at most: each takes its own memory.
-TOGETHER = 8
+TOGETHER = 32
 
 # Padded tokens in a batch. On a processor few, so that what an operation reads and writes stays in
 # its cache: so many values of a tap, within limits. A GPU wants many to be busy.
@@ -70,26 +70,25 @@ def side_by_side(
 ) -> States:
     """What `work` makes of each batch, in order, without gradients.
 
-    On a processor several batches are computed at the same time, each by one thread where there are
-    threads for no more: threads that share the operations of one batch wait for one another at the
-    end of each, for whichever of them has to share its core with what compresses and writes.
+    On a processor several batches are computed at the same time, each by one thread. Threads that
+    share the operations of one batch wait for one another at the end of each, for whichever of them
+    has to share its core with what compresses and writes. And they may change the last bits of a
+    product, depending on how many they are (MKL's on AMD's processors do), where features have to
+    be the same bytes for any number of them.
     """
 
     @torch.inference_mode()
     def frozen(batch: Job) -> Tensor:
         return work(batch)
 
-    threads = torch.get_num_threads()
-    source = iter(batches)
-    most = threads // -(-threads // TOGETHER) if device.type == "cpu" else 1
-    first = list(islice(source, most))
-    if len(first) < 2:
-        yield from map(frozen, chain(first, source))
+    if device.type != "cpu":
+        yield from map(frozen, batches)
         return
-    each = threads // len(first)
-    torch.set_num_threads(each)
+    threads, source = torch.get_num_threads(), iter(batches)
+    first = list(islice(source, min(threads, TOGETHER)))
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(
-        len(first), "forward", initializer=torch.set_num_threads, initargs=(each,)
+        max(1, len(first)), "forward", initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
         waiting: deque[Future[Tensor]] = deque()

@@ -54,34 +54,35 @@ def decode(
     width: int,
     picks: Sequence[int] | None = None,
     *,
+    rows: Tensor | None = None,
     turned: bool = False,
 ) -> Tensor:
     """float32 `[K, n, width]`.
 
     A chained codec needs the codes of every tap from the cache's first on; `picks` are those that
-    are wanted, all by default. With `turned`, groups are left as they were coded; `turn` makes
-    values of them.
+    are wanted, all by default. `rows` `[n]` are those of the codes that are wanted, all by default;
+    they are gathered one tap at a time. With `turned`, groups are left as they were coded; `turn`
+    makes values of them.
     """
-    if codec.name == "bfloat16":
-        return _join_planes(codes, 2).view(torch.bfloat16).float()
-    if codec.name == "float32":
-        return _join_planes(codes, 4).view(torch.float32)
-    if scales is None:
+    if codec.scale_bytes(width) and scales is None:
         raise TypeError(f"{codec.name} codes need their scales")
-    out = torch.empty(
-        *codes.shape[:-1],
-        codec.groups(width),
-        codec.group,
-        dtype=torch.float32,
-        device=codes.device,
-    )
-    factors, carried = _factors(codec, scales, width)
+    if rows is not None and scales is not None:
+        scales = scales.index_select(1, rows)
+    groups, group = (codec.groups(width), codec.group) if codec.chained else (1, width)
+    count = codes.shape[1] if rows is None else len(rows)
+    out = torch.empty(len(codes), count, groups, group, dtype=torch.float32, device=codes.device)
+    parts = None if scales is None else _factors(codec, scales, width)
     # Autocast would round the products that have to be exact.
     with torch.autocast(codes.device.type, enabled=False):
-        for place, tap in enumerate(codes):
+        for place, whole in enumerate(codes):
+            tap = whole if rows is None else whole.index_select(0, rows)
+            if parts is None:
+                kind = torch.bfloat16 if codec.name == "bfloat16" else torch.float32
+                out[place, :, 0] = _join_planes(tap, kind.itemsize).view(kind)
+                continue
             before = out[place - 1] if place else None
-            parts = (factors[place], carried[place])
-            _decode_tap(codec, tap, parts, width, before, out[place], turned=turned)
+            own = (parts[0][place], parts[1][place])
+            _decode_tap(codec, tap, own, width, before, out[place], turned=turned)
     taps = out if picks is None or list(picks) == list(range(len(out))) else out[list(picks)]
     return taps.flatten(-2)[..., :width]
 

@@ -141,13 +141,17 @@ class Shelf:
         found: Ints = self._start[role][self._place[shards]]
         return found
 
-    def rows(self, role: str, where: Ints, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Codes `[K, n, bytes]` and scales of the rows `where` `[n]`, on `device`."""
+    def rows(
+        self, role: str, where: Ints, device: torch.device
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes `[K, m, bytes]` and scales on `device`, and which of their rows are the rows
+        `where` `[n]`; None for all of them, in that order."""
         codes, scales = self._blocks[role]
         places = torch.from_numpy(where).to(codes.device)
-        return _taken(codes, places, device), (
-            None if scales is None else _taken(scales, places, device)
-        )
+        if device.type != "cuda" or codes.device.type == "cuda":
+            return codes, scales, places
+        staged = None if scales is None else _staged(scales, places, device)
+        return _staged(codes, places, device), staged, None
 
 
 def _room(taps: int, rows: int, size: int, device: torch.device) -> Tensor:
@@ -179,9 +183,8 @@ def _settle(written: Bytes | None, place: Tensor) -> None:
         torch.cuda.current_stream(place.device).synchronize()
 
 
-def _taken(block: Tensor, places: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda" or block.device.type == "cuda":
-        return block.index_select(1, places)
+def _staged(block: Tensor, places: Tensor, device: torch.device) -> Tensor:
+    """Rows of host memory on a CUDA device."""
     shape = (block.shape[0], len(places), block.shape[2])
     # PyTorch does not give pinned memory to anybody else before copies from it are over.
     staged = torch.empty(shape, dtype=block.dtype, pin_memory=True)

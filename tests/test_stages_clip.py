@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sherl_pipe.stages import group
 from sherl_pipe.stages.adapter import TunedModel, load_route
 from sherl_pipe.stages.backbone import load_backbone
 from sherl_pipe.stages.data import load_sources
+from sherl_pipe.stages.features import Batch
 from sherl_pipe.stages.inputs import load_preprocessor, preprocessor_fingerprint
 from sherl_pipe.stages.methods import find_method
 from sherl_pipe.stages.pairs import SPEC, pairs_of
@@ -119,14 +121,34 @@ def test_cached_is_live(
         scale = float(setting["backbone"].model.logit_scale.exp())
         loss = contrastive(out.text_embeds, out.image_embeds, scale, others)
         torch.testing.assert_close(tuner.loss(batch), loss, atol=1e-5, rtol=1e-4)
+        rounding = sensitivity(tuner, batch, grads)
         for name, found in gradients(tuner, loss).items():
-            torch.testing.assert_close(grads[name], found, atol=2e-5, rtol=1e-3, msg=name)
+            most = 2e-5 + rounding[name]
+            torch.testing.assert_close(grads[name], found, atol=most, rtol=1e-3, msg=name)
         assert sum(float(grad.abs().sum()) > 0 for grad in grads.values()) >= 0.9 * len(grads)
 
 
 def gradients(tuner: Tuner, loss: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(tuner.parameters.values()))
     return dict(zip(tuner.parameters, found, strict=True))
+
+
+def sensitivity(tuner: Tuner, batch: Batch, grads: Mapping[str, Tensor]) -> dict[str, float]:
+    """What entries of gradients move by at most when states do by some units in their last place,
+    as they differ between batches of other sizes."""
+    moved = dict.fromkeys(grads, 0.0)
+    for seed in range(4):
+        noise = torch.Generator().manual_seed(seed)
+        streams = {
+            role: replace(
+                each,
+                states=each.states * (1 + 2e-7 * torch.randn(each.states.shape, generator=noise)),
+            )
+            for role, each in batch.streams.items()
+        }
+        for name, found in gradients(tuner, tuner.loss(replace(batch, streams=streams))).items():
+            moved[name] = max(moved[name], float((found - grads[name]).abs().max()))
+    return moved
 
 
 @pytest.mark.parametrize("old", [False, True])

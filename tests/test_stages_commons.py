@@ -162,4 +162,5 @@ def test_tunings_are_the_same_from_shared_rows(
 def test_forms_without_rows_are_fine() -> None:
     forms = {"a": Form(1, 4, 0, np.zeros(3, np.int64))}
     kept = Shelf(forms, torch.device("cpu"), commons=Commons("none", forms))
-    assert kept.rows("a", np.zeros(0, np.int64), CPU)[0].shape == (1, 0, 4)
+    codes, scales, _ = kept.rows("a", np.zeros(0, np.int64), CPU)
+    assert codes.shape == (1, 0, 4) and scales is None

@@ -36,6 +36,9 @@ def test_decoding_is_bit_identical(name: str, width: int) -> None:
     assert device[0] is not None
     found = quantize.decode(codec, device[0], device[1], width)
     np.testing.assert_array_equal(decoded.view(np.uint32), found.numpy().view(np.uint32))
+    chosen = torch.tensor([3, 0, 49, 3])
+    some = quantize.decode(codec, device[0], device[1], width, rows=chosen)
+    assert torch.equal(some, found[:, chosen])
     picked = quantize.decode(codec, device[0], device[1], width, [2, 0]) if codec.chained else None
     assert picked is None or torch.equal(picked, found[[2, 0]])
     assert codes.shape[-1] == codec.code_bytes(width)

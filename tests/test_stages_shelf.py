@@ -14,7 +14,8 @@ import torch
 from sherl_pipe.cache import InputError
 from sherl_pipe.stages import residency, shelf
 from sherl_pipe.stages.residency import Home, choose, in_bytes
-from sherl_pipe.stages.shelf import Form, Room, Shelf, arrivals
+from sherl_pipe.stages.shelf import Form, Ints, Room, Shelf, arrivals
+from torch import Tensor
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHARDS = 30
@@ -35,11 +36,19 @@ def fill(shard: int, room: Room) -> None:
                 each[:] = shard + 1
 
 
+def taken(kept: Shelf, role: str, where: Ints) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of some rows."""
+    codes, scales, places = kept.rows(role, where, CPU)
+    assert places is not None
+    chosen = codes.index_select(1, places)
+    return chosen, None if scales is None else scales.index_select(1, places)
+
+
 def holds(kept: Shelf, shard: int) -> bool:
     """Whether every row of a shard is in its place."""
     for role, form in FORMS.items():
         where = kept.starts(role, np.array([shard])) + np.arange(form.rows[shard])
-        codes, scales = kept.rows(role, where, CPU)
+        codes, scales = taken(kept, role, where)
         assert codes.shape == (form.taps, form.rows[shard], form.code_bytes)
         assert (scales is not None) == bool(form.scale_bytes)
         if not all(bool((t == shard + 1).all()) for t in (codes, scales) if t is not None):
@@ -100,12 +109,12 @@ def test_freed_memory_is_kept_but_while_shards_that_stay_are_read(
 
 def test_memory_of_a_stream_is_two_windows() -> None:
     kept = Shelf(FORMS, CPU, 3)
-    assert len(kept.rows("a", np.arange(6 * ROWS.max()), CPU)[0][0]) == 6 * ROWS.max()
+    assert len(taken(kept, "a", np.arange(6 * ROWS.max()))[0][0]) == 6 * ROWS.max()
     with pytest.raises((IndexError, RuntimeError), match="out of"):
-        kept.rows("a", np.array([6 * ROWS.max()]), CPU)
+        taken(kept, "a", np.array([6 * ROWS.max()]))
     whole = Shelf(FORMS, CPU)
     with pytest.raises((IndexError, RuntimeError), match="out of"):
-        whole.rows("a", np.array([ROWS.sum()]), CPU)
+        taken(whole, "a", np.array([ROWS.sum()]))
 
 
 def test_a_shard_of_two_windows_is_read_once() -> None:
