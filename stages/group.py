@@ -60,6 +60,7 @@ class Group:
                 self._pack.tuners[place].route.train()
             for batches in self._batches(epoch, int(ends[epoch]) - step, progress):
                 ended |= self._step(batches, step, total)
+                del batches  # else it would stay beside the next one
                 step += 1
                 progress(self._what, step, total, "steps")
                 last = self._spend(last)

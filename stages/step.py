@@ -58,8 +58,6 @@ def train_step(
     Returns for each tuning the error that ends it, if its gradient is no number; no other tuning
     is touched by that.
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
     weights = shares or [1.0] * len(tuners)
     whole = list(zip(tuners, batches, weights, strict=True))
     held = [(tuner, batch, share) for tuner, batch, share in whole if batch is not None]
@@ -79,4 +77,6 @@ def train_step(
             errors.append(None)
         except NonFiniteError as error:
             errors.append(error)
+        # Now, so that the next batch takes their place.
+        optimizer.zero_grad(set_to_none=True)
     return errors

@@ -1,9 +1,9 @@
 """Taps out of a backbone and a late route into it.
 
-Nothing of a model's arithmetic is written again, but for attention with few queries (see
-`attention.py`). Taps are forward hooks on the model's own blocks; stage one runs a copy of the
-model's structure (its weights shared) that ends after the last tap; the late route is a copy that
-begins at the first late block.
+Nothing of a model's arithmetic is written again, but for attention with few queries and T5's norm
+(see `attention.py` and `norm.py`). Taps are forward hooks on the model's own blocks; stage one runs
+a copy of the model's structure (its weights shared) that ends after the last tap; the late route is
+a copy that begins at the first late block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from sherl_pipe.stages.attention import FewQueries, LonePosition
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import Family, blocks_of, stack_of
+from sherl_pipe.stages.norm import by_hand
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -235,6 +236,8 @@ def _late_t5(backbone: Backbone, late: int) -> nn.Module:
     for block in stack.block:
         block.layer[0].SelfAttention = LonePosition(block.layer[0].SelfAttention)
         block.layer[1].EncDecAttention = FewQueries(block.layer[1].EncDecAttention)
+        for layer in block.layer:
+            layer.layer_norm = by_hand(layer.layer_norm)
     stack.embed_tokens = None
     stack.final_layer_norm = nn.Identity()
     decoder: nn.Module = stack

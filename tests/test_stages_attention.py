@@ -1,4 +1,4 @@
-"""Cross-attention of few queries gives what the model's own gives."""
+"""Cross-attention of few queries, and T5's norm, give what the model's own give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from sherl_pipe.stages.attention import FewQueries
+from sherl_pipe.stages.norm import RootMeanSquare, by_hand
 from torch import Tensor
 from transformers import T5Config
-from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 
 def attention() -> Any:
@@ -57,3 +58,34 @@ def test_the_models_own_runs_where_it_is_cheaper() -> None:
     expected = own(queries, key_value_states=memory)[0]
     assert not few._pays(queries, memory)
     assert torch.equal(few(queries, key_value_states=memory)[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_norm(shape: tuple[int, ...], trained: bool) -> None:
+    """T5's norm by hand, also of a vector of zeros."""
+    torch.manual_seed(0)
+    own = T5LayerNorm(24).requires_grad_(trained)
+    own.weight.data.normal_()
+    values = torch.randn(shape)
+    values[0] = 0
+    wanted = torch.randn(shape)
+    found = []
+    for module in (own, by_hand(own)):
+        states = values.clone().requires_grad_()
+        out = module(states)
+        (out * wanted).sum().backward()
+        found.append([out, states.grad, own.weight.grad] if trained else [out, states.grad])
+        own.weight.grad = None
+    for mine, expected in zip(found[1], found[0], strict=True):
+        assert (mine - expected).abs().max() < 1e-5 * expected.abs().max()
+    half = values.bfloat16()
+    assert torch.equal(by_hand(own)(half), own(half))
+    other = torch.nn.LayerNorm(24)
+    assert by_hand(other) is other
+
+
+def test_gradient_of_the_norm() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), 6)]
+    assert torch.autograd.gradcheck(lambda x, w: RootMeanSquare.apply(x, w, 1e-6), inputs)

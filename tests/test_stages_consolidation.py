@@ -12,7 +12,7 @@ from sherl_pipe.cache import InputError
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
 from sherl_pipe.stages.methods.consolidation_maps import MapConsolidation
-from sherl_pipe.stages.methods.guided import guided_consolidation
+from sherl_pipe.stages.methods.guided import gated_tail, guided_consolidation
 from torch import Tensor
 
 CLIP = [
@@ -173,3 +173,29 @@ def test_maps_that_do_not_fit(sizes: list[tuple[int, int]], message: str) -> Non
 def test_sizes_that_make_no_consolidation(make: Callable[[], Any]) -> None:
     with pytest.raises(InputError, match="consolidation needs"):
         make()
+
+
+def test_guide_that_is_the_last_tap() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 3, 5), 5, ())]
+    inputs = [each.requires_grad_() for each in inputs]
+
+    def whole(reduced: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return guided_consolidation(reduced, None, weight, bias, 1e-6)
+
+    assert torch.autograd.gradcheck(whole, inputs)
+    reduced, weight, bias = inputs
+    apart = guided_consolidation(reduced[:-1], reduced[-1], weight, bias, 1e-6)
+    assert torch.equal(whole(*inputs), apart)
+
+
+def test_gradient_of_the_gated_tail() -> None:
+    torch.manual_seed(0)
+    shapes = ((3, 5), (7, 5), (7,), (1,), (3, 7))
+    inputs = [torch.randn(shape, dtype=torch.float64) / 4 for shape in shapes]
+    assert torch.autograd.gradcheck(gated_tail, [each.requires_grad_() for each in inputs])
+    fused, weight, bias, gate, last = inputs
+    expected = fused.relu() @ weight.T + bias + torch.tanh(gate / 0.1) * last
+    assert torch.allclose(gated_tail(*inputs), expected)
+    half = gated_tail(*(each.float() for each in inputs[:4]), last.bfloat16())
+    assert half.dtype == torch.float32 and torch.allclose(half.double(), expected, atol=0.02)

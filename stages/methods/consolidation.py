@@ -16,7 +16,7 @@ from sherl_pipe.cache.errors import explain
 from sherl_pipe.stages.methods.consolidation_clip import ClipConsolidation
 from sherl_pipe.stages.methods.consolidation_maps import MapConsolidation
 from sherl_pipe.stages.methods.gated import gated_reduction
-from sherl_pipe.stages.methods.guided import GATE_SCALE, guided_consolidation
+from sherl_pipe.stages.methods.guided import GATE_SCALE, gated_tail, guided_consolidation
 from sherl_pipe.stages.methods.parts import StackedLinear, stacked_norm
 from sherl_pipe.stages.methods.published import Names, Published, count, pair, part, probe, whole
 from torch import Tensor, nn
@@ -145,9 +145,11 @@ class Consolidation(Published):
         stacked = taps if isinstance(taps, Tensor) else torch.stack(list(taps))
         flat = stacked.reshape(stacked.shape[0], -1, stacked.shape[-1])
         fused = self._guide(self._reduce(flat, group))
-        tail = self.tail(F.relu(fused).unsqueeze(0))[0]
-        if self.tail_norm is not None:
-            tail = self.tail_norm(tail)
+        weight, bias = self.tail.weight.squeeze(0), self.tail.bias.squeeze(0)
+        if self.tail_norm is None:
+            rows = last.reshape(-1, last.shape[-1])
+            return gated_tail(fused, weight, bias, self.gate, rows).view_as(last)
+        tail = self.tail_norm(F.linear(F.relu(fused), weight, bias))
         share = torch.tanh(self.gate / GATE_SCALE)
         out: Tensor = self.dropout(tail).view_as(last) + share * last
         return out
@@ -161,8 +163,8 @@ class Consolidation(Published):
     def _guide(self, reduced: Tensor) -> Tensor:
         """Guided consolidation (SPEC 1.1, 2.6): `[K, n, h] -> [n, h]`."""
         fused = guided_consolidation(
-            reduced[:-1],
-            reduced[-1],
+            reduced,
+            None,
             self.score.weight[0, 0],
             self.score.bias[0, 0],
             VARIANTS[self.variant].epsilon,

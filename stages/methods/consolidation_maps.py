@@ -109,7 +109,7 @@ class MapConsolidation(Published):
             ]
         )
         fused = guided_consolidation(
-            reduced[:-1], reduced[-1], self.score.weight[0], self.score.bias[0], EPSILON
+            reduced, None, self.score.weight[0], self.score.bias[0], EPSILON
         )
         batch, _, height, width = last.shape
         tail = F.relu(self.tail(fused)).view(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -13,6 +13,7 @@ from sherl_pipe.stages.methods.dtl import CompactSide
 from sherl_pipe.stages.methods.late import decode_late, on_paths
 from sherl_pipe.stages.methods.live import two_memories
 from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
+from sherl_pipe.stages.norm import by_hand
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
@@ -46,8 +47,12 @@ class DtlSeq2Seq(WordRoute):
         self.decoder = CompactSide(width, rank, {*spec.taps["decoder"], *late}, late)
         self.late = late_decoder(backbone, spec.late)
         self.blocks = backbone.family.streams["decoder"].rpartition(".")[2]
-        self.encoder_norm: nn.Module = share(norm_of(model, backbone.family, "encoder"))
-        self.decoder_norm: nn.Module = share(norm_of(model, backbone.family, "decoder"))
+
+        def norm(stream: str) -> Any:
+            return share(by_hand(norm_of(model, backbone.family, stream)))
+
+        self.encoder_norm: nn.Module = norm("encoder")
+        self.decoder_norm: nn.Module = norm("decoder")
 
     def fuse(
         self, streams: Mapping[str, Packed], tree: PrefixTree | None = None

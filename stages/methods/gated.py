@@ -51,14 +51,14 @@ class GatedReduction(torch.autograd.Function):
         gradient = gradients[0]
         width = reduced.shape[-1]
         to_both = gradient.new_empty(*reduced.shape[:-1], 2 * width)
-        to_kept = torch.mul(gradient, gate, out=to_both[..., :width])
-        torch.ops.aten.sigmoid_backward.grad_input(
-            gradient * kept, gate, grad_input=to_both[..., width:]
-        )
+        to_kept, to_gate = to_both.split(width, -1)
+        torch.mul(gradient, gate, out=to_kept)
+        torch.mul(gradient, kept, out=to_gate)
+        torch.ops.aten.sigmoid_backward.grad_input(to_gate, gate, grad_input=to_gate)
         to_weights = to_both.transpose(1, 2) @ reduced
         to_biases = to_both.sum(1)
         to_reduced = torch.baddbmm(to_kept, to_both, both)
-        to_reduced = torch.ops.aten.threshold_backward(to_reduced, reduced, 0)
+        torch.ops.aten.threshold_backward.grad_input(to_reduced, reduced, 0, grad_input=to_reduced)
         return (
             to_reduced @ turned if ctx.needs_input_grad[0] else None,
             turn(to_reduced.transpose(1, 2) @ taps, ctx.group),

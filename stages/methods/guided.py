@@ -18,7 +18,8 @@ GATE_SCALE = 0.1
 
 
 class GuidedConsolidation(torch.autograd.Function):
-    """`[n, h]` of shallow reduced taps `[M, n, h]` and a guide `[n, h]`.
+    """`[n, h]` of reduced taps `[M, n, h]` and a guide `[n, h]`; without one, the last of the taps
+    is the guide, and M is one less.
 
     With unit vectors u = s / (|s| + e), the redundancy of a tap is r_m = sum_k relu(u_m . u_k),
     its own term included; its score is z_m = w . (s_m * g) + b; its share is
@@ -30,13 +31,15 @@ class GuidedConsolidation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        shallow: Tensor,
-        guide: Tensor,
+        reduced: Tensor,
+        guide: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         epsilon: float,
         added: bool,
     ) -> Tensor:
+        alone = guide is None
+        shallow, guide = (reduced[:-1], reduced[-1]) if guide is None else (reduced, guide)
         with torch.autocast(shallow.device.type, enabled=False):
             kind = torch.promote_types(shallow.dtype, torch.float32)
             taps = shallow.to(kind).transpose(0, 1)  # [n, M, h]
@@ -44,7 +47,7 @@ class GuidedConsolidation(torch.autograd.Function):
             aim = guided * scale
             norms = torch.linalg.vector_norm(taps, dim=-1) + epsilon  # [n, M]
             likeness = taps @ taps.transpose(1, 2)
-            likeness = likeness / (norms.unsqueeze(2) * norms.unsqueeze(1))  # u_m . u_k
+            likeness = likeness.div_(norms.unsqueeze(2) * norms.unsqueeze(1))  # u_m . u_k
             redundancy = likeness.clamp(min=0).sum(-1)
             there = redundancy > 0
             redundancy = redundancy.where(there, 1.0)
@@ -53,8 +56,8 @@ class GuidedConsolidation(torch.autograd.Function):
             total = weights.sum(-1, keepdim=True) + epsilon
             shares = weights / total
             fused = (shares.unsqueeze(1) @ taps).squeeze(1)
-            fused = fused + guided if added else fused
-        ctx.epsilon, ctx.added = epsilon, added
+            fused = fused.add_(guided) if added else fused
+        ctx.epsilon, ctx.added, ctx.alone = epsilon, added, alone
         ctx.types = [each.dtype for each in (shallow, guide, weight, bias)]
         ctx.save_for_backward(
             taps, guided, scale, norms, likeness, redundancy, there, scores, total, shares
@@ -81,29 +84,67 @@ class GuidedConsolidation(torch.autograd.Function):
         mixed = mixed / (norms.unsqueeze(2) * norms.unsqueeze(1))
         mixed.diagonal(dim1=1, dim2=2).sub_(own)
         outer = torch.stack([shares, to_score], -1) @ torch.stack([gradient, guide * scale], 1)
-        to_taps = outer.baddbmm_(mixed, taps)
+        to_taps = outer.baddbmm_(mixed, taps).transpose(0, 1)
         pulled = (to_score.unsqueeze(1) @ taps).squeeze(1)  # sum_m dz_m s_m
-        to_guide = gradient + pulled * scale if ctx.added else pulled * scale
-        found = (
-            to_taps.transpose(0, 1),
-            to_guide,
-            (pulled * guide).sum(0),
-            to_score.sum(),
-        )
-        typed = (each.to(kind) for each, kind in zip(found, ctx.types, strict=True))
-        return (*typed, None, None)
+        to_guide = pulled * scale
+        to_guide = to_guide.add_(gradient) if ctx.added else to_guide
+        shallow, guide_type, *types = ctx.types
+        found = (pulled * guide).sum(0).to(types[0]), to_score.sum().to(types[1])
+        if not ctx.alone:
+            return to_taps.to(shallow), to_guide.to(guide_type), *found, None, None
+        whole = to_guide.new_empty(len(to_taps) + 1, *to_guide.shape, dtype=shallow)
+        whole[:-1], whole[-1] = to_taps, to_guide
+        return whole, None, *found, None, None
 
 
 def guided_consolidation(
-    shallow: Tensor,
-    guide: Tensor,
+    reduced: Tensor,
+    guide: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     epsilon: float,
     *,
     added: bool = True,
 ) -> Tensor:
-    """`GuidedConsolidation` of `shallow [M, n, h]`, `guide [n, h]`, `weight [h]` and `bias []`;
-    with `added` the guide is a term of the result."""
-    out: Tensor = GuidedConsolidation.apply(shallow, guide, weight, bias, epsilon, added)  # type: ignore[no-untyped-call]
+    """`GuidedConsolidation` of `reduced [M, n, h]`, `guide [n, h]` (None: the last of `reduced`),
+    `weight [h]` and `bias []`; with `added` the guide is a term of the result."""
+    out: Tensor = GuidedConsolidation.apply(reduced, guide, weight, bias, epsilon, added)  # type: ignore[no-untyped-call]
+    return out
+
+
+class GatedTail(torch.autograd.Function):
+    """`[n, d]`: W relu(x) + b + tanh(g / GATE_SCALE) y, of `x [n, h]` and the last feature
+    `y [n, d]` (SPEC 1.1), with its gradient by hand: one sum where a chain of operations would
+    write three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fused: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, last: Tensor
+    ) -> Tensor:
+        positive, share = fused.relu(), torch.tanh(gate / GATE_SCALE)
+        ctx.save_for_backward(positive, weight, share, last)
+        return torch.addmm(bias, positive, weight.T).addcmul_(last, share)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        positive, weight, share, last = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        opened = torch.dot(gradient.flatten(), last.flatten())
+        return (
+            torch.ops.aten.threshold_backward(gradient @ weight, positive, 0),
+            gradient.T @ positive,
+            gradient.sum(0),
+            opened * (1 - share.square()) / GATE_SCALE,
+            gradient * share if ctx.needs_input_grad[4] else None,
+        )
+
+
+def gated_tail(fused: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, last: Tensor) -> Tensor:
+    """`GatedTail` of `fused [n, h]`, `weight [d, h]`, `bias [d]`, `gate [1]` and `last [n, d]`."""
+    if torch.is_autocast_enabled(fused.device.type) or last.dtype != fused.dtype:
+        # Each operation in the type that autocast, or PyTorch's promotion, wants.
+        tail = torch.nn.functional.linear(fused.relu(), weight, bias)
+        return tail + torch.tanh(gate / GATE_SCALE) * last
+    out: Tensor = GatedTail.apply(fused, weight, bias, gate, last)  # type: ignore[no-untyped-call]
     return out

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.families import norm_of
+from sherl_pipe.stages.norm import by_hand
 from sherl_pipe.stages.quantize import turn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +66,7 @@ def trained_norm(backbone: Backbone) -> nn.Module:
     new one where blocks end with their own."""
     if backbone.family.norm is None:
         return nn.LayerNorm(backbone.width)
-    copied: nn.Module = trained_copy(norm_of(backbone.model, backbone.family, "decoder"))
+    copied: nn.Module = trained_copy(by_hand(norm_of(backbone.model, backbone.family, "decoder")))
     return copied
 
 

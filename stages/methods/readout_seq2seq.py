@@ -13,6 +13,7 @@ from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.parts import Affine, trained_copy
 from sherl_pipe.stages.methods.readout import TapWeights
 from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
+from sherl_pipe.stages.norm import by_hand
 from sherl_pipe.stages.quantize import turn
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree
@@ -42,11 +43,11 @@ class ReadoutSeq2Seq(WordRoute):
         super().__init__(backbone, spec)
         model: Any = backbone.model
         self.late = late_decoder(backbone, spec.late) if spec.late else None
-        self.memory_norm: nn.Module = share(norm_of(model, backbone.family, "encoder"))
+        self.memory_norm: nn.Module = share(by_hand(norm_of(model, backbone.family, "encoder")))
         self.mix = TapWeights(len(self._summed(backbone)))
         norm = norm_of(model, backbone.family, "decoder")
         plain = isinstance(norm, nn.Identity)
-        self.norm = Affine(backbone.width) if plain else trained_copy(norm)
+        self.norm = Affine(backbone.width) if plain else trained_copy(by_hand(norm))
 
     def _summed(self, backbone: Backbone) -> tuple[int, ...]:
         """Taps of the live decoder that are summed."""

@@ -13,7 +13,9 @@ from sherl_pipe.stages.features import Packed
 from sherl_pipe.stages.methods.consolidation import Consolidation
 from sherl_pipe.stages.methods.late import decode_late
 from sherl_pipe.stages.methods.live import enter_with, two_memories
+from sherl_pipe.stages.methods.parts import trained_copy
 from sherl_pipe.stages.methods.route import RouteSpec, WordRoute
+from sherl_pipe.stages.norm import by_hand
 from sherl_pipe.stages.surgery import TapRecorder, late_decoder, replace_module, share
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor, nn
@@ -46,9 +48,9 @@ class SherlSeq2Seq(WordRoute):
             norm: Any = norm_of(model, backbone.family, stream)
             if isinstance(norm, nn.Identity):
                 return norm
-            side = type(norm)(width, norm.variance_epsilon)
-            if spec.init == "residual":
-                side.load_state_dict(norm.state_dict())
+            side = trained_copy(by_hand(norm)).float()
+            if spec.init == "paper":
+                nn.init.ones_(side.weight)
             return side
 
         self.encoder = consolidation("encoder")
