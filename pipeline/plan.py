@@ -200,6 +200,9 @@ def task_plan(amount: TaskAmount, steps: Sequence[StepSample], budget: int) -> T
     held = amount.held_tokens / max(1, sum(each.loaded_tokens for each in used))
     cached = sum(each.cached_seconds for each in used) * scale
     read = sum(each.load_seconds for each in used) * held
+    # How often a fit looks at the rows hardly depends on how many there are.
+    fit = sum(each.fit_seconds for each in used) * amount.rows
+    fit /= max(1, sum(each.rows for each in used))
     streamed = sum(each.loaded_bytes for each in used) * held > budget
     return TaskPlan(
         amount,
@@ -208,7 +211,7 @@ def task_plan(amount: TaskAmount, steps: Sequence[StepSample], budget: int) -> T
         sum(each.live_seconds for each in used) * scale,
         sum(each.forward_seconds for each in used) * scale,
         read,
-        sum(each.start_seconds for each in used) * scale,
+        sum(each.start_seconds for each in used) * scale + fit,
         streamed,
         bool(own),
     )

@@ -97,7 +97,9 @@ class StepSample:
         loaded_tokens, loaded_bytes: tokens whose features were brought into memory, and what
             these take there, coded.
         load_seconds: for reading, checking and decompressing them.
-        start_seconds: for fitting a head to these batches, where it starts from a linear model.
+        start_seconds: for what a head reads of these batches, where it starts from a linear model.
+        fit_seconds: for fitting that to as many rows as the task has.
+        rows: so many.
     """
 
     task: str
@@ -109,3 +111,5 @@ class StepSample:
     loaded_bytes: int
     load_seconds: float
     start_seconds: float = 0.0
+    fit_seconds: float = 0.0
+    rows: int = 0

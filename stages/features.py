@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sherl_pipe.cache import FeatureCache, InputError, LabelTable, Stream
 from sherl_pipe.cache.codecs import Codec
@@ -35,6 +36,12 @@ MORE = 4
 # Rows of a batch from which on coded groups are left turned. A constant: a batch's values must not
 # depend, not even in their last bit, on what is trained from them.
 MANY_ROWS = 256
+
+
+def blurred(count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Factors of lengths by which rows are put in order to be cut into batches: this noise keeps
+    the same neighbours from meeting in every epoch."""
+    return rng.uniform(0.8, 1.25, count)
 
 
 class FeatureSource:
@@ -136,8 +143,7 @@ class FeatureSource:
         for start in range(0, len(units), WINDOW):
             rows = np.flatnonzero(np.isin(self._unit, units[start : start + WINDOW]))
             rows = own.permutation(rows)
-            # Noise keeps the same neighbours from meeting in every epoch.
-            length = self._length[main][rows] * own.uniform(0.8, 1.25, len(rows))
+            length = self._length[main][rows] * blurred(len(rows), own)
             rows = rows[np.argsort(length, kind="stable")]
             cut = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
             batches += [cut[number] for number in shared.permutation(len(cut))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from sherl_pipe.stages.tokens import Tokens
 from sherl_pipe.stages.words import PrefixTree
 from torch import Tensor
 
+# A stream's forward passes are timed for about so long, and gone through so often at most.
+PACE_SECONDS, MOST_ROUNDS = 1.0, 64
 # A forward pass that takes so long says how fast the backbone is.
 PROBE_SECONDS = 0.1
 
@@ -115,12 +118,11 @@ def measure_streams(
     splits = [split for split in counted.splits if len(sample.members[split.name])]
     found = [run.main(split, sample.members[split.name]) for split in splits]
     examples = {split.name: len(split.ids) for split in counted.splits}
-    spent = 0.0
+    clock, spent = Clock(setup.backbone.device), 0.0
     for tree, needed in sorted(trees, key=lambda each: -sum(examples[name] for name in each[1])):
         if spent <= seconds:
-            done = [run.words(split.name, tree) for split in splits if split.name in needed]
-            spent += sum(each.compute_seconds for each in done)
-            found += done
+            found += [run.words(split.name, tree) for split in splits if split.name in needed]
+            spent += clock.lap()
     return found
 
 
@@ -171,23 +173,22 @@ class _Run:
         device = self._setup.backbone.device
         clock = Clock(device)
         out = self._target.stream(split, stream, ids, layout, notes)
-        fixed, compute, commit = clock.lap(), 0.0, 0.0
+        fixed, commit = clock.lap(), 0.0
         others = [each.stream(split, stream, ids, layout, notes) for each in self._others]
         for shard in range(layout.shards):
-            clock.lap()
             buffer = ShardBuffer(out.identity.codec, out.spec, layout.used_rows(shard), device)
-            kept = []
-            for batch in states([shard], layout):
+            kept = list(states([shard], layout))
+            for batch in kept:
                 buffer.add(batch)
-                kept.append(batch)
             buffer.check(f"{split} {stream}", shard, layout, ids)
-            compute += clock.lap()
+            clock.lap()
             out.commit(shard, *buffer.arrays())
             commit += clock.lap()
             others = [each for each in others if _committed(each, shard, kept, ids)]
         clock.lap()
         out.finish()
         fixed += clock.lap()
+        compute = self._pace(out, layout, states)
         for each in others:
             each.finish()
         rows = int(layout.index[:, 2].sum())
@@ -204,6 +205,35 @@ class _Run:
         for each in (out, *others):
             sizes[each.identity.codec.name] = stream_bytes(each.store, split, stream)
         return StreamSample(amount, sizes, compute, commit, fixed)
+
+    def _pace(
+        self,
+        out: StreamWriter,
+        layout: Layout,
+        states: Callable[[Sequence[int], Layout], States],
+    ) -> float:
+        """Seconds that a stream's forward passes and encoding take, once everything is warm.
+
+        All of it again and again without a break, so that threads that compute batches side by side
+        are all busy until close to the end, as they are in a long extraction.
+        """
+        device = self._setup.backbone.device
+        rows = sum(map(layout.used_rows, range(layout.shards)))
+        shards = list(range(layout.shards))
+        clock, rounds = Clock(device), 1
+        while rows:
+            clock.lap()
+            buffer = ShardBuffer(out.identity.codec, out.spec, rows, device)
+            for batch in states(shards * rounds, layout):
+                if buffer.full:
+                    buffer = ShardBuffer(out.identity.codec, out.spec, rows, device)
+                buffer.add(batch)
+            seconds = clock.lap()
+            if seconds > PACE_SECONDS / 2 or rounds >= MOST_ROUNDS:
+                return seconds / rounds
+            # What one round takes alone is more than its share of many.
+            rounds = min(MOST_ROUNDS, max(2 * rounds, math.ceil(PACE_SECONDS / seconds * rounds)))
+        return 0.0
 
 
 def _committed(out: StreamWriter, shard: int, batches: Sequence[Tensor], ids: list[bytes]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ HELD_OUT = 8
 # More rows hardly move a linear model.
 MOST_ROWS = 20_000
 STEPS = 100
+# A fit of classes looks at all rows about so often in all, whatever their number; for a plan, so
+# many steps are timed.
+LOOKS, TIMED_STEPS = 400, 10
 
 
 def starts_from_probe(tuner: Tuner) -> bool:
@@ -37,13 +40,39 @@ def head_inputs(tuner: Tuner, streams: Mapping[str, Packed]) -> Tensor:
 def start_head(tuner: Tuner, found: Sequence[tuple[Ints, Tensor]]) -> None:
     """Put a linear model into a tuning's head, fitted to the `head_inputs` of training rows."""
     head: Any = tuner.route.head
-    rows = np.concatenate([each for each, _ in found])
-    inputs = torch.cat([each for _, each in found]).clone()  # out of the inference mode
-    targets = tuner.task.targets(rows.tolist(), inputs.device)
-    weight, bias = fit(inputs, targets, tuner.task.outputs)
+    weight, bias = fit(*_known(tuner, found), tuner.task.outputs)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
+
+
+def start_seconds(
+    tuner: Tuner, found: Sequence[tuple[Ints, Tensor]], rows: int, lap: Callable[[], float]
+) -> float:
+    """What `start_head` will take for `rows` training rows, told from the `head_inputs` of some.
+
+    Looks at as many rows as there will be are timed; `lap` gives the seconds since its last call.
+    """
+    (features, targets), outputs = _known(tuner, found), tuner.task.outputs
+    many = torch.arange(min(rows, MOST_ROWS), device=features.device) % len(features)
+    features, targets = features[many], targets[many]
+    seconds = 0.0
+    for _ in range(2):  # the first time warms up
+        lap()
+        if outputs == 1:
+            fit(features, targets, outputs)
+            seconds = lap()
+        else:
+            looks = _solve(features, targets, outputs, 1.0, TIMED_STEPS)[2]
+            seconds = lap() / looks * LOOKS
+    return seconds
+
+
+def _known(tuner: Tuner, found: Sequence[tuple[Ints, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`head_inputs` of training rows `[N, d]`, and what is to be told from them `[N]`."""
+    rows = np.concatenate([each for each, _ in found])
+    inputs = torch.cat([each for _, each in found]).clone()  # out of the inference mode
+    return inputs, tuner.task.targets(rows.tolist(), inputs.device)
 
 
 def fit(features: Tensor, targets: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
@@ -68,11 +97,11 @@ def fit(features: Tensor, targets: Tensor, outputs: int) -> tuple[Tensor, Tensor
     else:
         losses = {}
         for penalty in PENALTIES:
-            weight, bias = _solve(rows[~apart], targets[~apart], outputs, penalty)
+            weight, bias, _ = _solve(rows[~apart], targets[~apart], outputs, penalty)
             found = functional.linear(rows[apart], weight, bias)
             losses[penalty] = float(_loss(found, targets[apart], outputs))
         best = min(losses, key=losses.__getitem__)
-    weight, bias = _solve(rows, targets, outputs, best)
+    weight, bias, _ = _solve(rows, targets, outputs, best)
     weight = weight / spread
     return weight, bias - weight @ mean
 
@@ -83,20 +112,25 @@ def _loss(found: Tensor, targets: Tensor, outputs: int) -> Tensor:
     return functional.cross_entropy(found, targets)
 
 
-def _solve(rows: Tensor, targets: Tensor, outputs: int, penalty: float) -> tuple[Tensor, Tensor]:
+def _solve(
+    rows: Tensor, targets: Tensor, outputs: int, penalty: float, steps: int = STEPS
+) -> tuple[Tensor, Tensor, int]:
+    """Weight, bias, and how often all rows were looked at."""
     if outputs == 1:
         mean = targets.mean()
         square = rows.T @ rows / len(rows) + penalty * torch.eye(rows.shape[1]).to(rows)
         weight = torch.linalg.solve(square, rows.T @ (targets - mean) / len(rows))
-        return weight.unsqueeze(0), mean.unsqueeze(0)
-    linear = nn.Linear(rows.shape[1], outputs, device=rows.device, dtype=rows.dtype)
+        return weight.unsqueeze(0), mean.unsqueeze(0), 1
+    linear, looks = nn.Linear(rows.shape[1], outputs, device=rows.device, dtype=rows.dtype), 0
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     solver = torch.optim.LBFGS(
-        linear.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+        linear.parameters(), max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-5
     )
 
     def closure() -> Tensor:
+        nonlocal looks
+        looks += 1
         solver.zero_grad()
         loss = _loss(linear(rows), targets, outputs)
         loss = loss + penalty / 2 * linear.weight.square().sum()
@@ -104,4 +138,4 @@ def _solve(rows: Tensor, targets: Tensor, outputs: int, penalty: float) -> tuple
         return loss
 
     solver.step(closure)
-    return linear.weight.detach(), linear.bias.detach()
+    return linear.weight.detach(), linear.bias.detach(), looks

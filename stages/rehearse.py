@@ -19,7 +19,7 @@ from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.inputs import pad_id
 from sherl_pipe.stages.measure import Clock, Setup
 from sherl_pipe.stages.passes import LivePass
-from sherl_pipe.stages.probe import head_inputs, start_head, starts_from_probe
+from sherl_pipe.stages.probe import head_inputs, start_seconds, starts_from_probe
 from sherl_pipe.stages.sample import Sample
 from sherl_pipe.stages.scratch import opened
 from sherl_pipe.stages.settings import TuneSettings
@@ -75,7 +75,8 @@ def measure_steps(
             continue
         writer.write_labels(table)
         writer.write_labels(replace(table, role="validation"))
-        rehearsal = _Rehearsal(setup, trained, counted, table, opened(writer), settings)
+        cache, count = opened(writer), len(whole.ids)
+        rehearsal = _Rehearsal(setup, trained, counted, table, cache, settings, count)
         share = seconds / len(sample.batches)
         found.append(rehearsal.run([np.searchsorted(rows, each) for each in batches], share))
         spent += clock.lap()
@@ -92,7 +93,7 @@ def _words_are_there(setup: Setup, table: LabelTable, writer: CacheWriter) -> bo
 
 
 class _Rehearsal:
-    """One task's steps."""
+    """The steps of one task, which has so many training `rows`; `table` has some of them."""
 
     def __init__(
         self,
@@ -102,7 +103,9 @@ class _Rehearsal:
         table: LabelTable,
         cache: FeatureCache,
         settings: TuneSettings,
+        rows: int,
     ) -> None:
+        self._rows = rows
         task = Task(cache, table.task, trained, setup.tokenizer)
         # Nothing is written there: a rehearsal ends before a tuning would.
         self._tuner = Tuner(task, settings, Path(os.devnull), budget=UNLIMITED)
@@ -126,7 +129,7 @@ class _Rehearsal:
         clock.lap()
         tuner.train.preload()
         load = clock.lap()
-        start = self._start(batches)
+        start, fit = self._start(batches)
         tuner.route.train()
         # Not in turns: each would find the processor's caches full of the other's data.
         (cached,) = _medians(lambda rows: (self._cached_step(rows),), batches, seconds / 2)
@@ -141,20 +144,23 @@ class _Rehearsal:
             loaded_bytes=sum(each.home.size for each in tuner.train.sources),
             load_seconds=load,
             start_seconds=start,
+            fit_seconds=fit,
+            rows=self._rows,
         )
 
-    def _start(self, batches: Sequence[Ints]) -> float:
-        """Seconds for fitting the head to the batches; 0 where it does not start so."""
+    def _start(self, batches: Sequence[Ints]) -> tuple[float, float]:
+        """Seconds for what the head reads of the batches, and for fitting it to the task's rows; 0
+        where it does not start so."""
         tuner = self._tuner
         if not starts_from_probe(tuner):
-            return 0.0
+            return 0.0, 0.0
         head_inputs(tuner, next(iter(tuner.train.read([batches[0]]))).streams)  # warms up
         self._clock.lap()
         found = [
             (batch.rows, head_inputs(tuner, batch.streams)) for batch in tuner.train.read(batches)
         ]
-        start_head(tuner, found)
-        return self._clock.lap()
+        read = self._clock.lap()
+        return read, start_seconds(tuner, found, self._rows, self._clock.lap)
 
     def _cached_step(self, rows: Ints) -> float:
         self._clock.lap()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from sherl_pipe.cache import LabelTable
-from sherl_pipe.stages.features import Ints
+from sherl_pipe.stages.features import Ints, blurred
 from sherl_pipe.stages.survey import Survey, lengths_by_id
 
 # Batches of one task that training steps are timed on.
@@ -40,11 +40,13 @@ def choose(
         batch_size: of training.
     """
     length = lengths_by_id(counted)
+    rng = np.random.default_rng(0)
     batches, sizes = {}, {}
     for task, table in tables.items():
         rows = np.array([row for row, each in enumerate(table.ids) if each in length], np.int64)
         sizes_of = np.array([length[table.ids[row]] for row in rows], np.int64)
-        order = np.argsort(sizes_of, kind="stable")
+        # As in training: neighbours in length, but not the very next ones, so that some is padded.
+        order = np.argsort(sizes_of * blurred(len(rows), rng), kind="stable")
         cuts = range(batch_size, len(rows), batch_size)
         if len(rows):
             batches[task] = np.split(rows[order], cuts)
