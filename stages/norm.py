@@ -19,7 +19,8 @@ class RootMeanSquare(torch.autograd.Function):
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         scale = length.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(states, weight, scale)
-        return (states * scale).mul_(weight)
+        out: Tensor = states * scale
+        return out.mul_(weight)
 
     @staticmethod
     @once_differentiable

@@ -40,13 +40,15 @@ def choose(
         batch_size: of training.
     """
     length = lengths_by_id(counted)
-    rng = np.random.default_rng(0)
+    # As in training: neighbours in length, but not the very next ones, so that some is padded. Tasks
+    # that share their texts get the same batches.
+    noise = dict(zip(sorted(length), blurred(len(length), np.random.default_rng(0)), strict=True))
     batches, sizes = {}, {}
     for task, table in tables.items():
         rows = np.array([row for row, each in enumerate(table.ids) if each in length], np.int64)
         sizes_of = np.array([length[table.ids[row]] for row in rows], np.int64)
-        # As in training: neighbours in length, but not the very next ones, so that some is padded.
-        order = np.argsort(sizes_of * blurred(len(rows), rng), kind="stable")
+        factors = np.array([noise[table.ids[row]] for row in rows], np.float64)
+        order = np.argsort(sizes_of * factors, kind="stable")
         cuts = range(batch_size, len(rows), batch_size)
         if len(rows):
             batches[task] = np.split(rows[order], cuts)

@@ -111,6 +111,15 @@ def test_an_epoch_is_scaled_by_tokens_and_streams_what_is_too_big() -> None:
     assert slow.cached_seconds == slow.read_seconds == pytest.approx(20.0)
 
 
+def test_a_fit_is_scaled_by_rows_and_what_it_reads_by_tokens() -> None:
+    steps_ = [replace(measured().steps[0], start_seconds=0.3, fit_seconds=2.0, rows=64)]
+    own, other = (task_plan(each, steps_, budget=10_000) for each in measured().tasks)
+    assert own.start_seconds == pytest.approx(0.3 * 10 + 2.0)
+    assert other.start_seconds == pytest.approx(0.3 * 5 + 2.0)
+    more = replace(measured().tasks[1], rows=640)
+    assert task_plan(more, steps_, budget=1).start_seconds == pytest.approx(0.3 * 5 + 20.0)
+
+
 def test_break_even() -> None:
     assert break_even(30.0, 0.0, cached=2.0, live=12.0, tunings=1) == 3.0
     assert break_even(30.0, 1.0, cached=2.0, live=12.0, tunings=3) == pytest.approx(1.1)

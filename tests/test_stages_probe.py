@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sherl_pipe.cache import InputError
+from sherl_pipe.stages import probe
 from sherl_pipe.stages.pack import Pack
 from sherl_pipe.stages.probe import fit
 from sherl_pipe.stages.settings import TuneResult
@@ -90,3 +91,26 @@ def test_in_one_pass_as_alone(world: World, tmp_path: Path) -> None:
         alone = run(world.tuner(folder, budget=MUCH, **each))
         assert isinstance(outcome, TuneResult)
         assert weights(folder) == weights(tmp_path / str(number)) and same(outcome, alone)
+
+
+def test_seconds_of_a_fit_are_told_from_a_few_rows(world: World, tmp_path: Path) -> None:
+    """Looks are timed on as many rows as there will be, whatever the sample's size."""
+    tuner = world.tuner(tmp_path)
+    rows = np.arange(len(tuner.task.train.ids))[:8]
+    width = tuner.task.backbone.width
+    seen: list[int] = []
+    loss = probe._loss
+
+    def spy(found: torch.Tensor, targets: torch.Tensor, outputs: int) -> torch.Tensor:
+        seen.append(len(found))
+        return loss(found, targets, outputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_loss", spy)
+        ticks = iter(range(100))
+        told = probe.start_seconds(
+            tuner, [(rows, torch.randn(8, width))], 500, lambda: float(next(ticks))
+        )
+    assert set(seen) == {500}
+    # The fourth lap, 3, is that of the second solve.
+    assert told == pytest.approx(3.0 / (len(seen) / 2) * probe.LOOKS)
