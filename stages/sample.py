@@ -40,8 +40,8 @@ def choose(
         batch_size: of training.
     """
     length = lengths_by_id(counted)
-    # As in training: neighbours in length, but not the very next ones, so that some is padded. Tasks
-    # that share their texts get the same batches.
+    # As in training: neighbours in length, but not the very next ones, so that some is padded.
+    # Tasks that share their texts get the same batches.
     noise = dict(zip(sorted(length), blurred(len(length), np.random.default_rng(0)), strict=True))
     batches, sizes = {}, {}
     for task, table in tables.items():
