@@ -11,40 +11,58 @@ from sherl_pipe.cache import Codec
 from sherl_pipe.cache.codecs import CARRIED, STEPS, hadamard
 from torch import Tensor
 
-# The largest magnitude that is sure to be held: differences double it, turning a group can
-# multiply it by the group's root, and bfloat16 ends at 3.4e38.
-_LARGEST = 1e36
+# The longest state that a chained codec holds: its square, and that of a difference, are far from
+# where float32 ends, at 3.4e38.
+LONGEST = 1e18
+# The least bfloat16 above zero.
+_LEAST = 2.0**-133
 
 
-def encode(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor | None]:
+def lengths(values: Tensor) -> Tensor:
+    """float32 `[K, n, 1]`: the Euclidean length of each state of `values [K, n, d]`."""
+    found: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
+    return found
+
+
+def encode(
+    codec: Codec,
+    values: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+    *,
+    sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Codes `uint8 [K, n, code bytes]` and scales of finite `values [K, n, d]` of all taps.
 
     What a codec cannot hold gives codes without a meaning; `overflowed` finds it.
+
+    Args:
+        out: codes and scales, where there is room for them already.
+        sizes: `lengths` of the values, where they are known; only chained codecs ask for them.
     """
-    values = values.float()
-    if codec.name == "bfloat16":
-        return _split_planes(values.to(torch.bfloat16), 2), None
-    if codec.name == "float32":
-        return _split_planes(values, 4), None
-    coded: list[tuple[Tensor, Tensor]] = []
-    before: Tensor | None = None
-    # Autocast would round products that should be exact.
-    with torch.autocast(values.device.type, enabled=False):
-        for tap in values:
-            codes, scales, before = _encode_tap(codec, tap, before)
-            coded.append((codes, scales))
-    return torch.stack([codes for codes, _ in coded]), torch.stack([s for _, s in coded])
+    values, width = values.float(), values.shape[-1]
+    if out is None:
+        kinds = (codec.code_bytes(width), codec.scale_bytes(width))
+        codes, scales = (values.new_empty(*values.shape[:2], n, dtype=torch.uint8) for n in kinds)
+    else:
+        codes, scales = out
+    if codec.chained:
+        _encode_chain(codec, values, lengths(values) if sizes is None else sizes, codes, scales)
+        return codes, scales
+    planes = 2 if codec.name == "bfloat16" else 4
+    codes.copy_(_split_planes(values.to(torch.bfloat16) if planes == 2 else values, planes))
+    return codes, None
 
 
-def overflowed(codec: Codec, values: Tensor) -> Tensor:
-    """Boolean `[K, n]`: tokens with a value that is not finite or that the codec cannot hold."""
-    limit = {
-        "bfloat16": torch.finfo(torch.bfloat16).max,
-        "float32": torch.finfo(torch.float32).max,
-    }.get(codec.name, _LARGEST)
-    # NaN compares false, so it counts as overflowed too.
+def overflowed(codec: Codec, values: Tensor, *, sizes: Tensor | None = None) -> Tensor:
+    """Boolean `[K, n]`: tokens with a value that is not finite or that the codec cannot hold.
+
+    `sizes` are `lengths` of the values, where they are known. NaN compares false, so it counts too.
+    """
+    if codec.chained:
+        return ~((lengths(values) if sizes is None else sizes).squeeze(-1) <= LONGEST)
+    largest = torch.finfo(torch.bfloat16 if codec.name == "bfloat16" else torch.float32).max
     values = values.float()
-    return ~(torch.maximum(values.amax(-1), -values.amin(-1)) <= limit)
+    return ~(torch.maximum(values.amax(-1), -values.amin(-1)) <= largest)
 
 
 def decode(
@@ -102,56 +120,86 @@ def turn(values: Tensor, group: int) -> Tensor:
     return torch.cat([head, values[..., whole:]], -1) if width > whole else head
 
 
-def _encode_tap(codec: Codec, tap: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and scales of one tap `[n, d]`, and its decoded coefficients `[n, G, group]`.
+def _encode_chain(
+    codec: Codec, values: Tensor, sizes: Tensor, codes: Tensor, scales: Tensor
+) -> None:
+    """Code all taps `[K, n, d]`, one after another."""
+    count, width = values.shape[1:]
+    means = sizes * width**-0.5
+    # Three blocks take turns as the tap, the one before and what lies between: memory that is asked
+    # for anew is not in the processor's cache.
+    tap, before, room = values.new_empty(3, count, codec.groups(width), codec.group).unbind()
+    # Autocast would round products that should be exact.
+    with torch.autocast(values.device.type, enabled=False):
+        for place, own in enumerate(values):
+            tap, before = before, tap
+            _coefficients(codec, own, tap)
+            out = (codes[place], scales[place])
+            _encode_tap(codec, tap, before if place else None, means[place], out, room)
 
-    `before` are those of the tap in front of it. Turning keeps lengths and differences, so a group
-    is compared with the one before, and coded, without being turned back.
+
+def _encode_tap(
+    codec: Codec,
+    tap: Tensor,
+    before: Tensor | None,
+    mean: Tensor,
+    out: tuple[Tensor, Tensor],
+    room: Tensor,
+) -> None:
+    """Codes and scales `out` of one tap's coefficients `[n, G, group]`, which become what is
+    decoded of them.
+
+    Turning keeps lengths and differences, so a group is compared with the one before, and coded,
+    without being turned back.
+
+    Args:
+        before: decoded coefficients of the tap in front of it; overwritten.
+        mean: root mean square of each token's values, `[n, 1]`.
+        room: for what lies between.
     """
-    width = tap.shape[-1]
-    values = _coefficients(codec, tap)
-    sizes = torch.linalg.vector_norm(values, dim=-1)
-    mean = sizes.square().sum(-1, keepdim=True) / width
-    carried = torch.zeros_like(sizes)
+    codes, scales = out
+    marks: Tensor | int = 0
     if before is not None:
-        carried = (torch.linalg.vector_norm(values - before, dim=-1) < sizes).float()
-        values.addcmul_(before, carried.unsqueeze(-1), value=-1)
-    marks = (carried * CARRIED).byte()
-    peaks = values.abs().amax(-1)
+        # |v - b| < |v|, in one sum: b . (v - b / 2) > 0.
+        carried = torch.sub(tap, before, alpha=0.5, out=room).mul_(before).sum(-1) > 0
+        marks = carried.view(torch.uint8) * CARRIED
+        tap.sub_(before.mul_(carried.float().unsqueeze(-1)))
+    peaks = torch.abs(tap, out=room).amax(-1)
     if codec.name == "int8":
-        high, low, steps = _bfloat16_above(torch.maximum(peaks / 127, codec.step * mean.sqrt()))
-        steps = steps.unsqueeze(-1)
-        numbers = values.div_(_nonzero(steps)).round_().clamp_(-127, 127)
-        codes = numbers.to(torch.int8).flatten(-2)[..., :width].contiguous().view(torch.uint8)
-        scales = torch.cat([high | marks, low], -1)
+        groups = peaks.shape[-1]
+        steps = _bfloat16_above(torch.maximum(peaks.div_(127), codec.step * mean))
+        # A peak is 127 steps at most, so that nothing has to be cut off.
+        numbers = tap.div_(_nonzero(steps).unsqueeze(-1)).round_()
+        codes.view(torch.int8).copy_(numbers.flatten(-2)[..., : codes.shape[-1]])
+        low, high = _bfloat16_bytes(steps)
+        torch.bitwise_or(high, marks, out=scales[..., :groups])
+        scales[..., groups:] = low
     else:
-        wanted = peaks / 7.5
-        high, low, token = _bfloat16_above(wanted.amax(-1, keepdim=True))
-        ratio = (_nonzero(token) / wanted.clamp(min=torch.finfo(torch.float32).tiny)).log2()
+        wanted = peaks.div_(7.5)
+        token = _bfloat16_above(wanted.amax(-1, keepdim=True))
+        ratio = (_nonzero(token) / wanted.clamp_(min=torch.finfo(torch.float32).tiny)).log2_()
         # Between rounding and the larger step: what is cut off at the ends costs more than a wide
         # step.
-        places = (8 * ratio + 0.62).floor_().nan_to_num_(0).clamp_(0, 127).long()
-        steps = (token * _steps(tap.device)[places]).unsqueeze(-1)
-        numbers = values.div_(_nonzero(steps)).add_(8).floor_().clamp_(0, 15)
+        places = ratio.mul_(8).add_(0.62).floor_().nan_to_num_(0).clamp_(0, 127).byte()
+        steps = token * _steps(tap.device)[places.long()]
+        numbers = tap.div_(_nonzero(steps).unsqueeze(-1)).add_(8).floor_().clamp_(0, 15)
         pairs = numbers.byte().view(len(tap), -1, 2)
-        codes = pairs[..., 0] | (pairs[..., 1] << 4)
-        scales = torch.cat([high, low, places.byte() | marks], -1)
+        torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4, out=codes)
+        low, high = _bfloat16_bytes(token)
+        scales[..., :1], scales[..., 1:2] = high, low
+        torch.bitwise_or(places, marks, out=scales[..., 2:])
         numbers -= 7.5
-    decoded = numbers.mul_(steps)
+    numbers.mul_(steps.unsqueeze(-1))
     if before is not None:
-        decoded.addcmul_(before, carried.unsqueeze(-1))
-    return codes, scales, decoded
+        numbers += before
 
 
-def _coefficients(codec: Codec, tap: Tensor) -> Tensor:
-    """Turned groups `[n, G, group]` of values `[n, d]`, as long as the values are; fresh memory."""
+def _coefficients(codec: Codec, tap: Tensor, out: Tensor) -> None:
+    """Turned groups `[n, G, group]` of values `[n, d]`, as long as the values are."""
     width, group = tap.shape[-1], codec.group
     if width % group:
         tap = torch.nn.functional.pad(tap, (0, -width % group))
-    values = tap.reshape(len(tap), -1, group)
-    turned = torch.empty_like(values)
-    _turn(values, width, group, turned)
-    return turned.mul_(_shrink(width, group, tap.device)[:, None])
+    _turn(tap.reshape(out.shape), width, group, out, scale=group**-0.5)
 
 
 def _factors(codec: Codec, scales: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -196,25 +244,27 @@ def _decode_tap(
         out.addcmul_(before, carried.unsqueeze(-1))
 
 
-def _turn(values: Tensor, width: int, group: int, out: Tensor) -> None:
-    """Whole groups of `[n, G, group]` times the Hadamard matrix."""
+def _turn(values: Tensor, width: int, group: int, out: Tensor, scale: float = 1.0) -> None:
+    """Whole groups of `[n, G, group]` times the Hadamard matrix and `scale`."""
     if width % group:
         whole = width // group
         out[:, whole:] = values[:, whole:]
-        torch.matmul(values[:, :whole], _hadamard(group, group, out.device), out=out[:, :whole])
+        matrix = _hadamard(group, group, out.device, scale)
+        torch.matmul(values[:, :whole], matrix, out=out[:, :whole])
         return
     # Some groups at once, where that makes a matrix worth a product.
     side = math.gcd(width, max(group, 32))
-    torch.mm(values.view(-1, side), _hadamard(group, side, out.device), out=out.view(-1, side))
+    matrix = _hadamard(group, side, out.device, scale)
+    torch.mm(values.view(-1, side), matrix, out=out.view(-1, side))
 
 
 @lru_cache
-def _hadamard(group: int, side: int, device: torch.device) -> Tensor:
-    """The matrix of `side // group` groups side by side."""
+def _hadamard(group: int, side: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """The matrix of `side // group` groups side by side, times `scale`."""
     # Kept for training too, whoever asks first.
     with torch.inference_mode(False):
         matrix: Tensor = torch.block_diag(*[torch.from_numpy(hadamard(group))] * (side // group))
-        return matrix.to(device)
+        return matrix.mul_(scale).to(device)
 
 
 @lru_cache
@@ -231,13 +281,21 @@ def _shrink(width: int, group: int, device: torch.device) -> Tensor:
 
 
 def _nonzero(steps: Tensor) -> Tensor:
-    return torch.where(steps == 0, 1.0, steps)
+    """What coefficients are divided by: where a step is zero, they are too."""
+    return steps.clamp(min=_LEAST)
 
 
-def _bfloat16_above(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """High bytes, low bytes and values of the least bfloat16 that is not below `values >= 0`."""
-    bits = (values.contiguous().view(torch.int32) + 0xFFFF) >> 16
-    return (bits >> 8).byte(), (bits & 0xFF).byte(), (bits << 16).view(torch.float32)
+def _bfloat16_above(values: Tensor) -> Tensor:
+    """The least bfloat16 that is not below `values >= 0`, as float32; overwrites them."""
+    bits = values.view(torch.int32)
+    bits.add_(0xFFFF).bitwise_and_(-0x10000)
+    return values
+
+
+def _bfloat16_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high bytes of float32 values that bfloat16 holds."""
+    parts = values.view(torch.uint8).view(*values.shape, 4)
+    return parts[..., 2], parts[..., 3]
 
 
 def _bfloat16(high: Tensor, low: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from sherl_pipe.stages import quantize
 from torch import Tensor
 
 # Tokens that are encoded at once on a processor: a tap of them stays in its cache.
-BLOCK = 256
+BLOCK = 512
 
 
 class ShardBuffer:
@@ -38,11 +38,16 @@ class ShardBuffer:
         for block in states.split(size, dim=1):
             rows = slice(self._filled, self._filled + block.shape[1])
             self._filled = rows.stop
-            self._bad[:, rows] = quantize.overflowed(self._codec, block)
-            codes, scales = quantize.encode(self._codec, block)
-            self._codes[:, rows].copy_(codes, non_blocking=True)
+            sizes = quantize.lengths(block) if self._codec.chained else None
+            self._bad[:, rows] = quantize.overflowed(self._codec, block, sizes=sizes)
+            room = (self._codes[:, rows], self._scales[:, rows])
+            if self._device.type == "cpu":
+                quantize.encode(self._codec, block, room, sizes=sizes)
+                continue
+            codes, scales = quantize.encode(self._codec, block, sizes=sizes)
+            room[0].copy_(codes, non_blocking=True)
             if scales is not None:
-                self._scales[:, rows].copy_(scales, non_blocking=True)
+                room[1].copy_(scales, non_blocking=True)
 
     @property
     def full(self) -> bool:
