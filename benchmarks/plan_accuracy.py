@@ -155,7 +155,8 @@ def main() -> None:
                 "cache": Path(folder) / "cache",
                 "data": data,
                 "extract": {"codec": codec},
-                "tune": {"epochs": 1, "out": Path(folder) / "runs"},
+                # A plan is of one tuning alone; in one pass they share what they read.
+                "tune": {"epochs": 1, "together": 1, "out": Path(folder) / "runs"},
             }
             print(f"\n{codec}\n{'':28}{'planned':>16}{'found':>16}{'ratio':>8}")
             for name, wanted, found in compare(make_config(values, "plan_accuracy")):

@@ -80,6 +80,7 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
     begun = time.perf_counter()
     data, path = config.data, check_folder(config.cache_path, "cache")
     family = family_of_model(config.model, config.revision)
+    known = time.perf_counter()
     _check_columns(config, family)
     sources = load_sources(
         config.data_source,
@@ -124,8 +125,8 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Prepared:
         backbone,
         tokenizer,
         identity,
-        data_seconds=read - begun + time.perf_counter() - loaded,
-        loading_seconds=loaded - read,
+        data_seconds=read - known + time.perf_counter() - loaded,
+        loading_seconds=known - begun + loaded - read,
     )
 
 

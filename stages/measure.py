@@ -108,7 +108,7 @@ def measure_streams(
 
     Args:
         trees: label words and the splits that need them; measured one after another until
-            `seconds` are over, the largest first.
+            `seconds` are over, those first that take the most.
         target: the cache that times are taken of, with the codec of `setup`.
         others: caches with other codecs.
 
@@ -119,7 +119,12 @@ def measure_streams(
     found = [run.main(split, sample.members[split.name]) for split in splits]
     examples = {split.name: len(split.ids) for split in counted.splits}
     clock, spent = Clock(setup.backbone.device), 0.0
-    for tree, needed in sorted(trees, key=lambda each: -sum(examples[name] for name in each[1])):
+
+    def nodes(each: tuple[PrefixTree, Sequence[str]]) -> int:
+        tree, needed = each
+        return len(tree.flat_nodes) * sum(examples[name] for name in needed)
+
+    for tree, needed in sorted(trees, key=nodes, reverse=True):
         if spent <= seconds:
             found += [run.words(split.name, tree) for split in splits if split.name in needed]
             spent += clock.lap()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,8 +132,8 @@ class _Rehearsal:
         start, fit = self._start(batches)
         tuner.route.train()
         # Not in turns: each would find the processor's caches full of the other's data.
-        (cached,) = _medians(lambda rows: (self._cached_step(rows),), batches, seconds / 2)
-        forward, live = _medians(self._live_step, batches, seconds / 2)
+        (cached,) = _medians(self._cached_steps, batches, seconds / 2)
+        forward, live = _medians(self._live_steps, batches, seconds / 2)
         return StepSample(
             task=tuner.task.name,
             tokens=sum(int(self._lengths[rows].sum()) for rows in batches),
@@ -162,40 +162,44 @@ class _Rehearsal:
         read = self._clock.lap()
         return read, start_seconds(tuner, found, self._rows, self._clock.lap)
 
-    def _cached_step(self, rows: Ints) -> float:
+    def _cached_steps(self, batches: Sequence[Ints]) -> Iterator[tuple[float]]:
+        """Seconds of each step; features are read as in an epoch, in one reading for all."""
         self._clock.lap()
-        for batch in self._tuner.train.read([rows]):
+        for batch in self._tuner.train.read(batches):
             self._tuner.step(batch, self._optimizer, 0, 1)
-        return self._clock.lap()
+            yield (self._clock.lap(),)
 
-    def _live_step(self, rows: Ints) -> tuple[float, float]:
-        """Seconds of the frozen forward, and of the whole step."""
-        self._clock.lap()
-        words = None if self._words is None else self._words[rows]
-        batch = self._live.batch(rows, words)
-        forward = self._clock.lap()
-        self._tuner.step(batch, self._optimizer, 0, 1)
-        return forward, forward + self._clock.lap()
+    def _live_steps(self, batches: Sequence[Ints]) -> Iterator[tuple[float, float]]:
+        """Seconds of each frozen forward, and of the whole step."""
+        for rows in batches:
+            self._clock.lap()
+            words = None if self._words is None else self._words[rows]
+            batch = self._live.batch(rows, words)
+            forward = self._clock.lap()
+            self._tuner.step(batch, self._optimizer, 0, 1)
+            yield forward, forward + self._clock.lap()
 
 
 def _medians(
-    step: Callable[[Ints], tuple[float, ...]], batches: Sequence[Ints], seconds: float
+    steps: Callable[[Sequence[Ints]], Iterator[tuple[float, ...]]],
+    batches: Sequence[Ints],
+    seconds: float,
 ) -> list[float]:
-    """Sums over the batches of the median of each number that `step` gives.
+    """Sums over the batches of the median of each number that `steps` gives for every batch.
 
     The first calls warm up and do not count; then all batches are gone through, once at least
     and again until `seconds` are over.
     """
     begun = time.perf_counter()
     for _ in range(WARM_UPS):
-        step(batches[0])
+        list(steps(batches[:1]))
         if time.perf_counter() - begun > seconds / WARM_UPS:
             break
     found: list[list[tuple[float, ...]]] = [[] for _ in batches]
     begun = time.perf_counter()
     for _ in range(MOST_REPEATS):
-        for number, rows in enumerate(batches):
-            found[number].append(step(rows))
+        for repeats, taken in zip(found, steps(batches), strict=True):
+            repeats.append(taken)
         if time.perf_counter() - begun > seconds:
             break
     return [

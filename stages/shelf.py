@@ -214,6 +214,7 @@ def arrivals(
     windows = list(_windows(needs, shelf.window))
     coming: dict[int, Future[None]] = {}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="features")
+    ending = sys.is_finalizing  # by its own name: at the very end this module's are gone
     try:
         for place, (shards, numbers) in enumerate(windows):
             following = windows[place + 1][0] if place + 1 < len(windows) else {}
@@ -232,7 +233,7 @@ def arrivals(
                 yield number
     finally:
         # Threads are over when the interpreter ends, and what stops them is taken down by then.
-        if not sys.is_finalizing():
+        if not ending():
             pool.shutdown(cancel_futures=True)
 
 
