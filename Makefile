@@ -63,6 +63,7 @@ bench-toy: $(VENV)/.bench  ## every benchmark on little data: does it still work
 	$(BIN)/python benchmarks/t5_base.py feed --toy --data $(TOY)/glue
 	$(BIN)/python benchmarks/together.py --toy --data $(TOY)/glue
 	$(BIN)/python benchmarks/extraction.py --toy --data $(TOY)/glue
+	$(BIN)/python benchmarks/extraction.py profile --toy --data $(TOY)/glue
 	$(BIN)/python benchmarks/plan_accuracy.py --codec int8 --task topic --limit 100
 	$(BIN)/python benchmarks/digits_vit.py --toy
 	$(BIN)/python benchmarks/shared_memory.py --rows 400
