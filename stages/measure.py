@@ -181,13 +181,10 @@ class _Run:
         fixed, commit = clock.lap(), 0.0
         others = [each.stream(split, stream, ids, layout, notes) for each in self._others]
         for shard in range(layout.shards):
-            buffer = ShardBuffer(out.identity.codec, out.spec, layout.used_rows(shard), device)
             kept = list(states([shard], layout))
-            for batch in kept:
-                buffer.add(batch)
-            buffer.check(f"{split} {stream}", shard, layout, ids)
+            coded = _coded(out, shard, kept, ids).arrays()
             clock.lap()
-            out.commit(shard, *buffer.arrays())
+            out.commit(shard, *coded)
             commit += clock.lap()
             others = [each for each in others if _committed(each, shard, kept, ids)]
         clock.lap()
@@ -241,14 +238,22 @@ class _Run:
         return 0.0
 
 
-def _committed(out: StreamWriter, shard: int, batches: Sequence[Tensor], ids: list[bytes]) -> bool:
-    """Write a shard of states with a stream's own codec; False where that cannot hold them."""
+def _coded(
+    out: StreamWriter, shard: int, batches: Sequence[Tensor], ids: list[bytes]
+) -> ShardBuffer:
+    """Code a shard of states as its stream does. Raises NonFiniteError."""
     rows, device = out.layout.used_rows(shard), batches[0].device
     buffer = ShardBuffer(out.identity.codec, out.spec, rows, device)
     for batch in batches:
         buffer.add(batch)
+    buffer.check(f"{out.split} {out.stream}", shard, out.layout, ids)
+    return buffer
+
+
+def _committed(out: StreamWriter, shard: int, batches: Sequence[Tensor], ids: list[bytes]) -> bool:
+    """Write a shard of states with a stream's own codec; False where that cannot hold them."""
     try:
-        buffer.check(out.base, shard, out.layout, ids)
+        buffer = _coded(out, shard, batches, ids)
     except NonFiniteError:
         return False
     out.commit(shard, *buffer.arrays())

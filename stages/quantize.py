@@ -40,17 +40,17 @@ def encode(
         sizes: `lengths` of the values, where they are known; only chained codecs ask for them.
     """
     values, width = values.float(), values.shape[-1]
+    if not codec.chained:
+        planes = 2 if codec.name == "bfloat16" else 4
+        coded = _split_planes(values.to(torch.bfloat16) if planes == 2 else values, planes)
+        return coded if out is None else out[0].copy_(coded), None
     if out is None:
         kinds = (codec.code_bytes(width), codec.scale_bytes(width))
         codes, scales = (values.new_empty(*values.shape[:2], n, dtype=torch.uint8) for n in kinds)
     else:
         codes, scales = out
-    if codec.chained:
-        _encode_chain(codec, values, lengths(values) if sizes is None else sizes, codes, scales)
-        return codes, scales
-    planes = 2 if codec.name == "bfloat16" else 4
-    codes.copy_(_split_planes(values.to(torch.bfloat16) if planes == 2 else values, planes))
-    return codes, None
+    _encode_chain(codec, values, lengths(values) if sizes is None else sizes, codes, scales)
+    return codes, scales
 
 
 def overflowed(codec: Codec, values: Tensor, *, sizes: Tensor | None = None) -> Tensor:
