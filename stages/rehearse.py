@@ -17,7 +17,7 @@ from sherl_pipe.stages.amounts import StepSample
 from sherl_pipe.stages.backbone import Backbone
 from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.inputs import pad_id
-from sherl_pipe.stages.measure import Clock, Setup
+from sherl_pipe.stages.measure import Clock, Setup, write_words
 from sherl_pipe.stages.passes import LivePass
 from sherl_pipe.stages.probe import head_inputs, start_seconds, starts_from_probe
 from sherl_pipe.stages.sample import Sample
@@ -50,19 +50,20 @@ def measure_steps(
 
     Args:
         tables: the training rows of every task.
-        writer: of the cache that holds the sample; gets labels.
+        writer: of the cache that holds the sample; gets labels, and the label words that it lacks.
         settings: of the tunings.
-        seconds: after so many no other task is begun. A task whose label words were not measured
-            is left out, and so is one of free text.
+        seconds: for all tasks together. What every task costs beside its steps comes on top; no
+            other is begun after twice as many. A task of free text is left out.
 
-    Raises InputError for settings that do not fit the backbone.
+    Raises InputError for settings that do not fit the backbone, NonFiniteError for label words that
+    the codec cannot hold, StorageError.
     """
     clock, spent = Clock(setup.backbone.device), 0.0
     found: list[StepSample] = []
     # Steps train in float32 whatever the frozen forward runs in, and lead nowhere.
     trained, settings = setup.backbone.cast(torch.float32), replace(settings, lr=0.0)
     for task, batches in sorted(sample.batches.items(), key=lambda each: -len(tables[each[0]].ids)):
-        if found and spent > seconds:
+        if found and spent > 2 * seconds:
             break
         rows = np.unique(np.concatenate(batches))
         whole = tables[task]
@@ -71,8 +72,9 @@ def measure_steps(
             ids=tuple(whole.ids[row] for row in rows),
             labels=tuple(whole.labels[row] for row in rows),
         )
-        if whole.spec.kind == "text" or not _words_are_there(setup, table, writer):
+        if whole.spec.kind == "text":
             continue
+        _add_words(setup, table, writer)
         writer.write_labels(table)
         writer.write_labels(replace(table, role="validation"))
         cache, count = opened(writer), len(whole.ids)
@@ -83,13 +85,15 @@ def measure_steps(
     return found
 
 
-def _words_are_there(setup: Setup, table: LabelTable, writer: CacheWriter) -> bool:
-    """Whether the decoder states of a task's words are among what was extracted."""
+def _add_words(setup: Setup, table: LabelTable, writer: CacheWriter) -> None:
+    """Extract the decoder states of a task's words where they were not measured as streams."""
     if not setup.backbone.family.seq2seq:
-        return True
+        return
     tree = PrefixTree.of_words(table.spec.words, setup.tokenizer, setup.backbone.start)
     cache = opened(writer)
-    return all(tree.stream in cache.streams(cache.places[each][0]) for each in table.ids)
+    for split in sorted({cache.places[each][0] for each in table.ids}):
+        if tree.stream not in cache.streams(split):
+            write_words(setup, writer, split, tree)
 
 
 class _Rehearsal:

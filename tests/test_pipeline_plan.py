@@ -26,6 +26,7 @@ from sherl_pipe.pipeline.plan import (
     task_plan,
 )
 from sherl_pipe.stages.amounts import Amount, StepSample, StreamBytes, StreamSample, TaskAmount
+from sherl_pipe.stages.measure import measure_streams
 
 PLAN = ("--epochs", 1, "--reduction", 1)
 
@@ -241,6 +242,25 @@ def test_plan_says_what_it_found(world: Path) -> None:
     ):
         assert part in text
     assert "caching pays after" in text or "do not cache" in text
+
+
+def test_steps_of_tasks_are_measured_whose_words_were_not(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: set[str] = set()
+
+    def hasty(*argv: Any, **_: float) -> list[StreamSample]:
+        found = measure_streams(*argv, seconds=0.0)
+        words.update(each.amount.stream for each in found if not each.amount.main)
+        return found
+
+    monkeypatch.setattr(planning, "measure_streams", hasty)
+    monkeypatch.setattr(planning, "SECONDS", 30.0)
+    model = save_model(world / "model", "t5")
+    plan = done("plan", "--model", model, "--data", "data", *PLAN, "--json").json
+    assert len(words) == 1 and all(task["measured"] for task in plan["tasks"].values())
+    own = [task["cached_seconds_per_epoch"] for task in plan["tasks"].values()]
+    assert len(set(own)) == 2
 
 
 def test_plan_of_texts_without_labels(world: Path) -> None:
