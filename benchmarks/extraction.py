@@ -1,8 +1,9 @@
 """What extraction costs above the frozen forward pass it cannot do without, and its memory.
 
 Bare passes and extractions of the same batches take turns in one process; the bare pass captures
-nothing, encodes nothing and writes nothing. Memory is measured in a process of its own for a
-corpus and for one ten times as long::
+nothing, encodes nothing and writes nothing. What an extraction has written is then written once
+more as plain files, which is as fast as the disk lets it be. Memory is measured in a process of its
+own for a corpus and for one ten times as long::
 
     python benchmarks/extraction.py                # MiniLM and t5-base
     python benchmarks/extraction.py --rounds 5 --codec int8 --codec int4
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ from sherl_pipe.cache.arrays import stream_arrays
 from sherl_pipe.cache.fingerprint import ID_BYTES
 from sherl_pipe.cache.layout import assign, shard_capacity
 from sherl_pipe.pipeline.config import make_config
+from sherl_pipe.pipeline.machine import pick_device
 from sherl_pipe.pipeline.opening import Prepared, prepare
 from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.inputs import pad_id, read_inputs
+from sherl_pipe.stages.measure import Clock
 from sherl_pipe.stages.memory import PeakMemory, return_freed_memory
 from sherl_pipe.stages.passes import MainPass, batches_of, tokens_in_batch
 from sherl_pipe.stages.shard_buffer import ShardBuffer
@@ -47,7 +51,7 @@ from torch import Tensor
 
 from records import markdown
 from t5_rows import REPOSITORY, Bench
-from training import cpu_model
+from training import machine
 
 ROWS = {"MiniLM": 16000, "t5-base": 1000}
 MEMORY_ROWS = 6400
@@ -60,6 +64,7 @@ class Setting:
     codec: str
     threads: int
     batch_tokens: int | None
+    device: str
 
 
 def prepared(model: Path, data: Path, setting: Setting, folder: Path) -> Prepared:
@@ -70,6 +75,7 @@ def prepared(model: Path, data: Path, setting: Setting, folder: Path) -> Prepare
     values = {
         "model": str(model),
         "cache": folder / "cache",
+        "device": setting.device,
         "data": {"source": str(data)},
         "extract": {"codec": setting.codec, "batch_tokens": setting.batch_tokens},
     }
@@ -90,26 +96,45 @@ def texts(data: Path, folder: Path, rows: int) -> Path:
     return folder / "data"
 
 
-def extraction(ready: Prepared) -> npt.NDArray[np.float64]:
-    """What it takes from texts to a finished stream on the disk, as a `Clock` tells it."""
+@contextmanager
+def extracted(ready: Prepared) -> Iterator[tuple[npt.NDArray[np.float64], Path]]:
+    """What it takes from texts to a finished stream on the disk, as a `Spent` tells it, and where
+    that is for the time being."""
     asked = ready.config.extract.batch_tokens
     with tempfile.TemporaryDirectory(dir=str(ready.path.parent)) as folder:
         (source,) = ready.sources
         with CacheWriter.open(Path(folder) / "cache", ready.identity) as writer:
             extractor = Extractor(writer, ready.backbone, ready.tokenizer, batch_tokens=asked)
-            begun = Clock()
+            begun = Spent(ready.backbone.device)
             extractor.split(source, ready.templates[source.key], {})
-            return begun.spent()
+            spent = begun.so_far()
+        yield spent, Path(folder)
 
 
-class Clock:
-    """Seconds since its making, and those of all threads on processors."""
+def writing(folder: Path) -> float:
+    """Seconds that all files of a folder take to be written again, each synced once."""
+    seconds, target = 0.0, folder / "copy"
+    for file in [each for each in folder.rglob("*") if each.is_file()]:
+        data = file.read_bytes()
+        begun = time.perf_counter()
+        with target.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        seconds += time.perf_counter() - begun
+    return seconds
 
-    def __init__(self) -> None:
-        self._begun = self._now()
 
-    def spent(self) -> npt.NDArray[np.float64]:
+class Spent:
+    """Seconds since its making, the device's work included, and those of all threads on
+    processors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock, self._begun = Clock(device), self._now()
+
+    def so_far(self) -> npt.NDArray[np.float64]:
         """Both."""
+        self._clock.lap()
         both: npt.NDArray[np.float64] = self._now() - self._begun
         return both
 
@@ -128,9 +153,9 @@ class Bare:
         rendered = inputs_of(source, ready.templates[source.key], {}).texts.values()
         length = ready.identity.max_length
         for _ in range(2):  # the first time takes longer
-            begun = Clock()
+            begun = Spent(backbone.device)
             self._tokens: Tokens = read_inputs(ready.tokenizer, list(rendered), length)
-            self.tokenising = begun.spent()
+            self.tokenising = begun.so_far()
         shard_bytes = ready.config.extract.shard_mib << 20
         capacity = shard_capacity(spec, ready.identity.codec, shard_bytes)
         self.layout = assign(self._tokens.lengths, capacity, ready.identity.seed)
@@ -151,26 +176,32 @@ class Bare:
 
     @torch.inference_mode()
     def run(self) -> npt.NDArray[np.float64]:
-        """What all passes take, as a `Clock` tells it."""
-        begun = Clock()
+        """What all passes take, as a `Spent` tells it."""
+        device = self._backbone.device
+        begun = Spent(device)
         shards = range(self.layout.shards)
-        for batch in batches_of(shards, self.layout, self._tokens.lengths, self._budget):
-            self._model(**self._tokens.batch(batch.tolist(), self._pad))
-        return begun.spent()
+        for rows in batches_of(shards, self.layout, self._tokens.lengths, self._budget):
+            batch = self._tokens.batch(rows.tolist(), self._pad)
+            self._model(**{name: values.to(device) for name, values in batch.items()})
+        return begun.so_far()
 
 
 def speed(model: Path, data: Path, setting: Setting, rounds: int) -> list[str]:
-    """Tokens a second of both, their ratio, and that of what they take of the processors; called in
-    a process of its own. Tokenising does not count."""
+    """Tokens a second of the disk, the bare pass and the extraction, the extraction's ratio to the
+    slower of the others, and its ratio to the bare pass in what they take of the processors; called
+    in a process of its own. Tokenising does not count."""
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
         ready = prepared(model, data, setting, Path(folder))
         bare = Bare(ready)
-        bare.run(), extraction(ready)
-        pairs = [(bare.run(), extraction(ready) - bare.tokenising) for _ in range(rounds)]
-    alone, whole = np.median(pairs, axis=0)[:, 0]
-    ratio, work = np.median([first / second for first, second in pairs], axis=0)
-    rates = [f"{bare.rows / alone:,.0f}", f"{bare.rows / whole:,.0f}"]
-    return [*rates, f"{ratio:.2f}", f"{1 / work:.2f}"]
+        found = []
+        for _ in range(rounds + 1):
+            alone, work = bare.run()
+            with extracted(ready) as (spent, written):
+                whole, whole_work = spent - bare.tokenising
+                disk = writing(written)
+            found.append([disk, alone, whole, max(disk, alone) / whole, whole_work / work])
+    *seconds, ratio, more = np.median(found[1:], axis=0)  # the first time takes longer
+    return [*(f"{bare.rows / each:,.0f}" for each in seconds), f"{ratio:.2f}", f"{more:.2f}"]
 
 
 def parts(model: Path, data: Path, setting: Setting) -> list[str]:
@@ -187,23 +218,23 @@ def parts(model: Path, data: Path, setting: Setting) -> list[str]:
         torch.set_num_threads(1)  # as `side_by_side` has it
         for _ in range(2):  # the first time takes longer
             buffer = ShardBuffer(codec, spec, rows, ready.backbone.device)
-            begun = Clock()
+            begun = Spent(ready.backbone.device)
             for batch in batches:
                 buffer.add(batch)
-            encoding = begun.spent()[1]
+            encoding = begun.so_far()[1]
         ids = [number.to_bytes(ID_BYTES, "big") for number in range(len(bare.layout.index))]
         arrays = stream_arrays(spec, codec, rows, 1)
         for number in range(2):
             with CacheWriter.open(Path(folder) / f"cache-{number}", identity) as writer:
                 out = writer.stream("split", stream, ids, bare.layout, {})
-                begun = Clock()
+                begun = Spent(ready.backbone.device)
                 out.commit(0, *buffer.arrays())
-                commit = begun.spent()[1]
-            begun = Clock()
+                commit = begun.so_far()[1]
+            begun = Spent(ready.backbone.device)
             for name, block in zip(arrays, buffer.arrays(), strict=False):
                 if block is not None:
                     arrays[name].encode(0, block)
-            coding = begun.spent()[1]
+            coding = begun.so_far()[1]
     return [f"{100 * each / whole:.1f}" for each in (encoding, coding, commit - coding)]
 
 
@@ -212,8 +243,8 @@ def memory(model: Path, data: Path, setting: Setting) -> float:
     with tempfile.TemporaryDirectory(dir=REPOSITORY / "build") as folder:
         ready = prepared(model, data, setting, Path(folder))
         meter = PeakMemory(ready.backbone.device)
-        extraction(ready)
-        return meter.peak_mib()
+        with extracted(ready):
+            return meter.peak_mib()
 
 
 def apart(work: Any, *arguments: Any) -> Any:
@@ -233,15 +264,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", action="append", choices=list(CODECS))
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--toy", action="store_true", help="a small model, few rows")
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
     options = parser.parse_args(argv)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    bench = Bench(options.toy, options.data)
+    device = pick_device(options.device)
+    bench = Bench(options.toy, options.data, device)
     bench.prepare()
     models = {"MiniLM": Path(str(get_model_path())), "t5-base": bench.model}
     settings = [
-        Setting(codec, options.threads, options.batch_tokens) for codec in options.codec or ["int8"]
+        Setting(codec, options.threads, options.batch_tokens, options.device)
+        for codec in options.codec or ["int8"]
     ]
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -253,12 +287,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 else:
                     figures = apart(speed, model, data, setting, options.rounds)
                 lines.append([f"{name}, {setting.codec}", *figures])
-        print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}\n")
+        print(f"{machine(device, options.threads)}\n")
         if options.what == "profile":
             header = ["% of the bare pass's processor time", "encoding", "Zarr, zstd", "the rest"]
             print(markdown(header, lines))
             return
-        header = ["extraction", "bare tokens/s", "extracted tokens/s", "ratio", "processor time"]
+        header = ["extraction; tokens/s", "disk", "bare", "extracted", "ratio", "processor time"]
         print(markdown(header, lines))
         lines = []
         for times in (1, 10):

@@ -30,25 +30,26 @@ from pathlib import Path
 
 import torch
 import transformers
+from sherl_pipe.pipeline.machine import pick_device
 
 from cached import sherl_pipe
 from records import Record, markdown, read_records
-from t5_rows import BATCH, CODECS, REPOSITORY, ROWS, Bench, cached, feeding
-from training import cpu_model
+from t5_rows import BATCH, CODECS, REPOSITORY, Bench, cached, feeding, rows_on
+from training import machine
 
 LOG = logging.getLogger("t5_base")
 RESULTS = REPOSITORY / "benchmarks" / "results" / "t5_base.jsonl"
 EPOCHS, TUNINGS = 20, 8
 
 
-def measure(name: str, toy: bool, data: Path, threads: int) -> Record:
+def measure(name: str, bench: Bench, threads: int) -> Record:
     """One row; called in a process of its own."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Every row needs it; loaded now, it is no part of any row's memory.
     importlib.import_module("transformers.models.t5.modeling_t5")
-    return ROWS[name](Bench(toy, data))
+    return rows_on(bench.device)[name](bench)
 
 
 def extract(bench: Bench, codec: str, *, many: bool = False) -> float:
@@ -57,6 +58,7 @@ def extract(bench: Bench, codec: str, *, many: bool = False) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     texts = bench.long_texts if many else bench.texts
     options = {"--model": bench.model, "--data": texts, "--cache": folder, "--codec": codec}
+    options["--device"] = bench.device
     if bench.toy:
         options["--shard-mib"] = "1"
     arguments = ["extract", *(str(part) for pair in options.items() for part in pair)]
@@ -68,18 +70,21 @@ def extract(bench: Bench, codec: str, *, many: bool = False) -> float:
     return seconds
 
 
+def bench_of(arguments: argparse.Namespace) -> Bench:
+    """What is asked for."""
+    return Bench(arguments.toy, arguments.data, pick_device(arguments.device))
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure every row and record it."""
-    bench = Bench(arguments.toy, arguments.data)
+    bench = bench_of(arguments)
     bench.prepare()
     results: Path = bench.folder / "results.jsonl" if arguments.toy else RESULTS
     results.parent.mkdir(parents=True, exist_ok=True)
     results.unlink(missing_ok=True)
     circumstances = {
         "rows": bench.rows,
-        "threads": arguments.threads,
-        "cpu": cpu_model(),
-        "torch": torch.__version__,
+        "machine": machine(bench.device, arguments.threads),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
@@ -95,11 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
     record("long extraction, int8", more)
     context = multiprocessing.get_context("spawn")
     for _ in range(arguments.rounds):
-        for name in ROWS:
+        for name in rows_on(bench.device):
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                values = pool.submit(
-                    measure, name, arguments.toy, arguments.data, arguments.threads
-                ).result()
+                values = pool.submit(measure, name, bench, arguments.threads).result()
             record(name, values)
     print(report(read_records(results)))
 
@@ -107,14 +110,14 @@ def run(arguments: argparse.Namespace) -> None:
 def profile(arguments: argparse.Namespace) -> None:
     """Print where a step from int8 in host memory spends its time; `run` has to come first."""
     torch.set_num_threads(arguments.threads)
-    cached(Bench(arguments.toy, arguments.data), codec="int8", profile=arguments.operations)
+    cached(bench_of(arguments), codec="int8", profile=arguments.operations)
 
 
 def feed(arguments: argparse.Namespace) -> None:
     """Print what a step takes on ready tensors and from the cache, in turns in one process; `run`
     has to come first."""
     torch.set_num_threads(arguments.threads)
-    found = feeding(Bench(arguments.toy, arguments.data))
+    found = feeding(bench_of(arguments))
     least = found["ready tensors"]
     lines = [[name, f"{each:.4f}", f"{each / least:.2f}"] for name, each in found.items()]
     print(markdown(["int8 from", "s/step", "ratio"], lines))
@@ -142,13 +145,10 @@ def report(records: Sequence[Record]) -> str:
     seconds = {
         name: statistics.median(each["seconds"] for each in found) for name, found in rounds.items()
     }
-    steps = {name: seconds[name] for name in ROWS}
-    peaks = {
-        name: statistics.median(each["peak_mib"] or float("nan") for each in rounds[name])
-        for name in ROWS
-    }
+    steps = {name: seconds[name] for name, found in rounds.items() if "trainable" in found[0]}
+    peaks = {name: statistics.median(each["peak_mib"] for each in rounds[name]) for name in steps}
     lines = []
-    for name in ROWS:
+    for name in steps:
         ratios = [steps[base] / steps[name] for base in ("full fine-tuning", "lora", "live sherl")]
         lines.append(
             [
@@ -165,10 +165,9 @@ def report(records: Sequence[Record]) -> str:
         *tunings(steps, seconds["extraction, int8"], records[0]["rows"]),
         *tunings(steps, seconds["long extraction, int8"], long_rows),
     ]
-    kind = f"{records[0]['cpu']}, {records[0]['threads']} threads, torch {records[0]['torch']}"
     return "\n".join(
         [
-            kind,
+            records[0]["machine"],
             "",
             markdown(header, lines),
             "",
@@ -187,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--toy", action="store_true", help="a small model and few rows")
     shared.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    shared.add_argument("--device", default="auto")
     shared.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "glue")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", parents=[shared], help=run.__doc__)

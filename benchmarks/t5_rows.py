@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from sherl_pipe.stages.measure import Clock
+from sherl_pipe.stages.memory import PeakMemory, keep_freed_memory
 from torch import Tensor, nn
 
 from records import Record
-from training import Meter, load_tokenizer
+from training import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, REDUCTION, LR = 32, 8, 3e-3
@@ -38,10 +39,11 @@ class Bench:
     Args:
         toy: a small model and few rows.
         data: the folder of GLUE's tasks.
+        device: where it is trained.
     """
 
-    def __init__(self, toy: bool, data: Path) -> None:
-        self.toy, self.data = toy, data
+    def __init__(self, toy: bool, data: Path, device: torch.device) -> None:
+        self.toy, self.data, self.device = toy, data, device
         self.folder = REPOSITORY / "build" / ("t5_base_toy" if toy else "t5_base")
         self.rows = 64 if toy else 768
         self.long_rows = 96 if toy else 4 * self.rows
@@ -113,31 +115,32 @@ def batches(bench: Bench) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             texts = [f"mixed sentence: {row['sentence']}" for row in part]
             inputs = tokenizer(texts, padding=True, return_tensors="pt")
             labels = tokenizer([str(row["label"]) for row in part], return_tensors="pt")
-            yield inputs.input_ids, inputs.attention_mask, labels.input_ids
+            found = (inputs.input_ids, inputs.attention_mask, labels.input_ids)
+            ids, mask, words = (each.to(bench.device) for each in found)
+            yield ids, mask, words
 
 
-def timed(steps: int, step: Callable[[], None]) -> float:
+def timed(steps: int, step: Callable[[], None], device: torch.device) -> float:
     """Median seconds of a step, after two to warm up."""
-    seconds = []
-    for number in range(steps + 2):
-        begun = time.perf_counter()
+    seconds, clock = [], Clock(device)
+    for _ in range(steps + 2):
+        clock.lap()
         step()
-        if number >= 2:
-            seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+        seconds.append(clock.lap())
+    return statistics.median(seconds[2:])
 
 
-def started() -> Meter:
+def started(device: torch.device) -> PeakMemory:
     """A meter of what comes once the libraries that a T5 needs are loaded."""
     _ = transformers.T5ForConditionalGeneration  # imported when it is asked for
-    return Meter()
+    return PeakMemory(device)
 
 
 def trained(bench: Bench, prepare: Callable[[Any], nn.Module]) -> Record:
     """Steps of a live model that `prepare` makes of the backbone."""
-    meter = started()
-    backbone = transformers.T5ForConditionalGeneration.from_pretrained(bench.model)
-    model = prepare(backbone)
+    meter = started(bench.device)
+    backbone: Any = transformers.T5ForConditionalGeneration.from_pretrained(bench.model)
+    model = prepare(backbone.to(bench.device)).to(bench.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     source = batches(bench)
@@ -151,11 +154,9 @@ def trained(bench: Bench, prepare: Callable[[Any], nn.Module]) -> Record:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = timed(bench.steps, step)
-    meter.stop()
     return {
-        "seconds": seconds,
-        "peak_mib": meter.peak_rss_mib,
+        "seconds": timed(bench.steps, step, bench.device),
+        "peak_mib": meter.peak_mib(),
         "trainable": sum(p.numel() for p in parameters),
     }
 
@@ -226,11 +227,13 @@ class CachedSteps:
         tokenizer = own_tokenizer(str(bench.model))
         words = cache.tasks["mixed"]["train"].spec.words
         tokens = tokens_of(words, tokenizer) if loss == "words" else None
-        backbone = load_part(str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens)
+        backbone = load_part(
+            str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens, device=bench.device
+        )
         task = Task(cache, "mixed", backbone, tokenizer)
         settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
         tuner = Tuner(task, settings, bench.folder / "runs", budget=1 << 40, residency=residency)
-        if residency == "host":
+        if residency != "stream":
             tuner.train.preload()
         chosen = [batch for epoch in range(4) for batch in tuner.train.epoch(0, epoch, BATCH)]
         chosen = [batch for batch in chosen if len(batch) == BATCH][: 6 * bench.steps + 2]
@@ -247,10 +250,8 @@ class CachedSteps:
 def cached(bench: Bench, profile: int = 0, **how: Any) -> Record:
     """`CachedSteps`. With `profile`, a table of so many operations that take the most time is
     printed."""
-    from sherl_pipe.stages.memory import keep_freed_memory
-
     keep_freed_memory()
-    meter = started()
+    meter = started(bench.device)
     step = CachedSteps(bench, **how)
     if profile:
         for _ in range(2):
@@ -259,15 +260,12 @@ def cached(bench: Bench, profile: int = 0, **how: Any) -> Record:
             for _ in range(step.count):
                 step()
         print(found.key_averages().table("self_cpu_time_total", row_limit=profile))
-    seconds = 0.0 if profile else timed(step.count, step)
-    meter.stop()
-    return {"seconds": seconds, "peak_mib": meter.peak_rss_mib, "trainable": step.trainable}
+    seconds = 0.0 if profile else timed(step.count, step, bench.device)
+    return {"seconds": seconds, "peak_mib": meter.peak_mib(), "trainable": step.trainable}
 
 
 def feeding(bench: Bench) -> dict[str, float]:
     """Seconds of a step on ready tensors, from host memory and streamed (int8), in turns."""
-    from sherl_pipe.stages.memory import keep_freed_memory
-
     keep_freed_memory()
     feeds = {
         "ready tensors": CachedSteps(bench, "int8", ready=True),
@@ -275,22 +273,23 @@ def feeding(bench: Bench) -> dict[str, float]:
         "stream": CachedSteps(bench, "int8", "stream"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in feeds}
+    clock = Clock(bench.device)
     for number in range(feeds["host"].count):
         # Every kind is first, second and last as often as the others.
         order = list(feeds)[number % 3 :] + list(feeds)[: number % 3]
         for name in order:
-            begun = time.perf_counter()
+            clock.lap()
             feeds[name]()
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(clock.lap())
     return {name: statistics.median(found[3:]) for name, found in seconds.items()}
 
 
-def _cached_rows() -> dict[str, Callable[[Bench], Record]]:
+def _cached_rows(residencies: Sequence[str]) -> dict[str, Callable[[Bench], Record]]:
     rows: dict[str, Callable[[Bench], Record]] = {
         "cached sherl, ready float32 tensors": partial(cached, codec="float32", ready=True)
     }
     for codec in CODECS:
-        for residency in ("host", "stream"):
+        for residency in residencies:
             rows[f"cached sherl, {codec}, {residency}"] = partial(
                 cached, codec=codec, residency=residency
             )
@@ -300,9 +299,12 @@ def _cached_rows() -> dict[str, Callable[[Bench], Record]]:
     return rows
 
 
-ROWS: dict[str, Callable[[Bench], Record]] = {
-    "full fine-tuning": full,
-    "lora": lora,
-    "live sherl": live_sherl,
-    **_cached_rows(),
-}
+def rows_on(device: torch.device) -> dict[str, Callable[[Bench], Record]]:
+    """All rows, by name."""
+    residencies = ("device", "host", "stream") if device.type == "cuda" else ("host", "stream")
+    return {
+        "full fine-tuning": full,
+        "lora": lora,
+        "live sherl": live_sherl,
+        **_cached_rows(residencies),
+    }

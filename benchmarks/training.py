@@ -101,6 +101,12 @@ def cpu_model() -> str:
     return f"{name}, family {entries.get('cpu family', '?')} model {entries.get('model', '?')}"
 
 
+def machine(device: torch.device, threads: int) -> str:
+    """What a measurement ran on, in words."""
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    return f"{gpu}{cpu_model()}, {threads} threads, torch {torch.__version__}"
+
+
 def load_tokenizer() -> Any:
     """The encoder's tokenizer, from the installed package alone."""
     return transformers.AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
