@@ -44,7 +44,7 @@ bench: $(VENV)/.bench  ## the tables of docs/ and benchmarks/; takes hours
 	$(BIN)/python benchmarks/t5_base.py run
 	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/extraction.py
-	$(BIN)/python benchmarks/plan_accuracy.py
+	$(BIN)/python benchmarks/plan_accuracy.py --rounds 3
 	$(BIN)/python benchmarks/digits_vit.py
 	$(BIN)/python benchmarks/beyond.py run
 	$(BIN)/python benchmarks/beyond.py table

@@ -1,9 +1,9 @@
 """How far `sherl-pipe plan` is from what then happens: sizes and times, planned over found.
 
 Plan, extraction, a cached epoch and a live epoch of every task run in processes of their own, one
-after another, on an otherwise idle machine::
+after another, on an otherwise idle machine; each figure is the median of the rounds::
 
-    python benchmarks/plan_accuracy.py                       # the embedded demo, every codec
+    python benchmarks/plan_accuracy.py --rounds 3            # the embedded demo, every codec
     python benchmarks/plan_accuracy.py --model t5-base --data glue/cola --codec int8
 
 A ratio of 1.00 is a plan that came true; sizes should be within 10 %, times within 30 %.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -146,21 +147,34 @@ def main() -> None:
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--codec", action="append", choices=list(CODECS))
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     for codec in options.codec or CODECS:
-        with tempfile.TemporaryDirectory(prefix="plan-", dir=".") as folder:
-            data = {"source": options.data, "tasks": tuple(options.task), "limit": options.limit}
-            values = {
-                "model": options.model,
-                "cache": Path(folder) / "cache",
-                "data": data,
-                "extract": {"codec": codec},
-                # A plan is of one tuning alone; in one pass they share what they read.
-                "tune": {"epochs": 1, "together": 1, "out": Path(folder) / "runs"},
-            }
-            print(f"\n{codec}\n{'':28}{'planned':>16}{'found':>16}{'ratio':>8}")
-            for name, wanted, found in compare(make_config(values, "plan_accuracy")):
-                print(f"{name:28}{wanted:16,.2f}{found:16,.2f}{wanted / found:8.2f}", flush=True)
+        rounds = []
+        for _ in range(options.rounds):
+            with tempfile.TemporaryDirectory(prefix="plan-", dir=".") as folder:
+                rounds.append(compare(configured(options, codec, Path(folder))))
+        print(f"\n{codec}\n{'':28}{'planned':>16}{'found':>16}{'ratio':>8}")
+        for rows in zip(*rounds, strict=True):
+            wanted, found, ratio = (
+                statistics.median(each)
+                for each in zip(*((w, f, w / f) for _, w, f in rows), strict=True)
+            )
+            print(f"{rows[0][0]:28}{wanted:16,.2f}{found:16,.2f}{ratio:8.2f}", flush=True)
+
+
+def configured(options: argparse.Namespace, codec: str, folder: Path) -> RunConfig:
+    """A run in an empty folder."""
+    data = {"source": options.data, "tasks": tuple(options.task), "limit": options.limit}
+    values = {
+        "model": options.model,
+        "cache": folder / "cache",
+        "data": data,
+        "extract": {"codec": codec},
+        # A plan is of one tuning alone; in one pass they share what they read.
+        "tune": {"epochs": 1, "together": 1, "out": folder / "runs"},
+    }
+    return make_config(values, "plan_accuracy")
 
 
 if __name__ == "__main__":
