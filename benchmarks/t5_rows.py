@@ -20,6 +20,8 @@ from training import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, REDUCTION, LR = 32, 8, 3e-3
+# Late blocks and the start of the trained weights.
+SHAPES = {"sherl": (1, "residual"), "lst": (0, "random")}
 CODECS = ("float32", "bfloat16", "int8", "int4")
 T5_BASE: dict[str, Any] = {
     "decoder_start_token_id": 0,
@@ -176,27 +178,28 @@ def lora(bench: Bench) -> Record:
     return trained(bench, lambda model: get_peft_model(model, config))
 
 
-def live_sherl(bench: Bench) -> Record:
-    """SHERL's modules on the live frozen backbone."""
+def live(bench: Bench, method: str) -> Record:
+    """A method's modules on the live frozen backbone."""
     from sherl_pipe.stages.adapter import TunedModel
     from sherl_pipe.stages.backbone import Backbone
     from sherl_pipe.stages.methods import METHODS
     from sherl_pipe.stages.methods.route import RouteSpec
 
     def prepare(model: Any) -> nn.Module:
-        backbone = Backbone(model)
-        method = METHODS["sherl"]
+        backbone, kind = Backbone(model), METHODS[method]
         depth = len(backbone.blocks("encoder"))
         held = {"encoder": tuple(range(depth + 1)), "decoder": tuple(range(depth))}
-        taps, last = method.choose_taps(backbone, 1, held)
-        spec = RouteSpec("sherl", taps, last, 1, REDUCTION, "t5", "residual", 0, "mean")
-        return TunedModel(backbone, method.build(backbone, spec))
+        late, init = SHAPES[method]
+        taps, last = kind.choose_taps(backbone, late, held)
+        variant = kind.variant(backbone.family)
+        spec = RouteSpec(method, taps, last, late, REDUCTION, variant, init, 0, "mean")
+        return TunedModel(backbone, kind.build(backbone, spec))
 
     return trained(bench, prepare)
 
 
 class CachedSteps:
-    """Steps of SHERL from a cache, one after another.
+    """Steps from a cache, one after another.
 
     Args:
         bench: with a cache of every codec.
@@ -204,6 +207,7 @@ class CachedSteps:
         residency: where coded features live.
         loss: of label words.
         ready: have every batch decoded beforehand.
+        method: that is trained.
     """
 
     def __init__(
@@ -213,6 +217,7 @@ class CachedSteps:
         residency: str = "host",
         loss: str = "words",
         ready: bool = False,
+        method: str = "sherl",
     ) -> None:
         from sherl_pipe.cache import FeatureCache
         from sherl_pipe.stages.methods import METHODS
@@ -227,11 +232,19 @@ class CachedSteps:
         tokenizer = own_tokenizer(str(bench.model))
         words = cache.tasks["mixed"]["train"].spec.words
         tokens = tokens_of(words, tokenizer) if loss == "words" else None
-        backbone = load_part(
-            str(bench.model), METHODS["sherl"].late_blocks(1), tokens=tokens, device=bench.device
-        )
+        late, init = SHAPES[method]
+        needed = METHODS[method].late_blocks(late)
+        backbone = load_part(str(bench.model), needed, tokens=tokens, device=bench.device)
         task = Task(cache, "mixed", backbone, tokenizer)
-        settings = TuneSettings(reduction=REDUCTION, lr=LR, batch_size=BATCH, loss=loss)
+        settings = TuneSettings(
+            method=method,
+            late=late,
+            init=init,
+            reduction=REDUCTION,
+            lr=LR,
+            batch_size=BATCH,
+            loss=loss,
+        )
         tuner = Tuner(task, settings, bench.folder / "runs", budget=1 << 40, residency=residency)
         if residency != "stream":
             tuner.train.preload()
@@ -305,6 +318,8 @@ def rows_on(device: torch.device) -> dict[str, Callable[[Bench], Record]]:
     return {
         "full fine-tuning": full,
         "lora": lora,
-        "live sherl": live_sherl,
+        "live sherl": partial(live, method="sherl"),
+        "live lst": partial(live, method="lst"),
         **_cached_rows(residencies),
+        "cached lst, int8, host": partial(cached, codec="int8", method="lst"),
     }
