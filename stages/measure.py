@@ -131,43 +131,6 @@ def measure_streams(
     return found
 
 
-def write_words(setup: Setup, target: CacheWriter, split: str, tree: PrefixTree) -> None:
-    """Extract a tree's label words for what `target` holds of a split, without measuring it.
-
-    Raises NonFiniteError, StorageError.
-    """
-    source = _words(setup, target, split, tree)
-    out = target.stream(split, tree.stream, source.ids, source.layout, source.notes)
-    for shard in range(source.layout.shards):
-        batches = list(source.states([shard], source.layout))
-        out.commit(shard, *_coded(out, shard, batches, source.ids).arrays())
-    out.finish()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a stream is extracted from; `lengths` are those of the examples in a batch."""
-
-    ids: list[bytes]
-    layout: Layout
-    notes: Mapping[str, Any]
-    lengths: Ints
-    states: Callable[[Sequence[int], Layout], States]
-
-
-def _words(setup: Setup, target: CacheWriter, split: str, tree: PrefixTree) -> _Source:
-    """Label words for what `target` holds of a split."""
-    encoder = opened(target).stream(split, "encoder")
-    spec = setup.identity.streams["decoder"]
-    return _Source(
-        [row.tobytes() for row in encoder.ids],
-        same_shards(encoder.layout, len(tree.nodes)),
-        {"tree": tree.to_json()},
-        encoder.layout.index[:, 2] + len(tree.flat_nodes),
-        WordsPass(setup.backbone, spec, encoder, tree, setup.batch_tokens).states,
-    )
-
-
 class _Run:
     """Extracts parts of streams."""
 
@@ -177,26 +140,46 @@ class _Run:
     def main(self, split: Split, members: Ints) -> StreamSample:
         setup = self._setup
         tokens = replace(split.tokens, inputs=[split.tokens.inputs[place] for place in members])
-        source = _Source(
+        return self._measure(
+            split.name,
+            setup.backbone.family.main,
             [split.ids[place] for place in split.known[members]],
             assign(tokens.lengths, setup.capacity, setup.identity.seed),
             split.inputs.notes(tokens),
             tokens.lengths,
             setup.main_pass(tokens).states,
         )
-        return self._measure(split.name, setup.backbone.family.main, source)
 
     def words(self, split: str, tree: PrefixTree) -> StreamSample:
-        source = _words(self._setup, self._target, split, tree)
-        return self._measure(split, tree.stream, source)
+        setup = self._setup
+        encoder = opened(self._target).stream(split, "encoder")
+        spec = setup.identity.streams["decoder"]
+        return self._measure(
+            split,
+            tree.stream,
+            [row.tobytes() for row in encoder.ids],
+            same_shards(encoder.layout, len(tree.nodes)),
+            {"tree": tree.to_json()},
+            encoder.layout.index[:, 2] + len(tree.flat_nodes),
+            WordsPass(setup.backbone, spec, encoder, tree, setup.batch_tokens).states,
+        )
 
-    def _measure(self, split: str, stream: str, source: _Source) -> StreamSample:
-        ids, layout, states = source.ids, source.layout, source.states
+    def _measure(
+        self,
+        split: str,
+        stream: str,
+        ids: list[bytes],
+        layout: Layout,
+        notes: Mapping[str, Any],
+        lengths: Ints,
+        states: Callable[[Sequence[int], Layout], States],
+    ) -> StreamSample:
+        """Extract a stream; `lengths` are those of the examples in a batch."""
         device = self._setup.backbone.device
         clock = Clock(device)
-        out = self._target.stream(split, stream, ids, layout, source.notes)
+        out = self._target.stream(split, stream, ids, layout, notes)
         fixed, commit = clock.lap(), 0.0
-        others = [each.stream(split, stream, ids, layout, source.notes) for each in self._others]
+        others = [each.stream(split, stream, ids, layout, notes) for each in self._others]
         for shard in range(layout.shards):
             kept = list(states([shard], layout))
             coded = _coded(out, shard, kept, ids).arrays()
@@ -216,7 +199,7 @@ class _Run:
             stream,
             examples=len(ids),
             rows=rows,
-            padded=padded_tokens(layout, source.lengths, self._setup.batch_tokens),
+            padded=padded_tokens(layout, lengths, self._setup.batch_tokens),
             shards=layout.shards,
             values=rows * len(out.spec.taps) * out.spec.width,
         )

@@ -15,9 +15,11 @@ from sherl_pipe.cache import CacheWriter, FeatureCache, LabelTable
 from sherl_pipe.cache.place import Place
 from sherl_pipe.stages.amounts import StepSample
 from sherl_pipe.stages.backbone import Backbone
+from sherl_pipe.stages.extract import Extractor
 from sherl_pipe.stages.features import Ints
 from sherl_pipe.stages.inputs import pad_id
-from sherl_pipe.stages.measure import Clock, Setup, write_words
+from sherl_pipe.stages.measure import Clock, Setup
+from sherl_pipe.stages.missing import missing_words
 from sherl_pipe.stages.passes import LivePass
 from sherl_pipe.stages.probe import head_inputs, start_seconds, starts_from_probe
 from sherl_pipe.stages.sample import Sample
@@ -52,8 +54,9 @@ def measure_steps(
         tables: the training rows of every task.
         writer: of the cache that holds the sample; gets labels, and the label words that it lacks.
         settings: of the tunings.
-        seconds: for all tasks together. What every task costs beside its steps comes on top; no
-            other is begun after twice as many. A task of free text is left out.
+        seconds: for all tasks together, those with the most rows and words first. What every task
+            costs beside its steps comes on top; no other is begun after twice as many. A task of
+            free text is left out.
 
     Raises InputError for settings that do not fit the backbone, NonFiniteError for label words that
     the codec cannot hold, StorageError.
@@ -62,21 +65,29 @@ def measure_steps(
     found: list[StepSample] = []
     # Steps train in float32 whatever the frozen forward runs in, and lead nowhere.
     trained, settings = setup.backbone.cast(torch.float32), replace(settings, lr=0.0)
-    for task, batches in sorted(sample.batches.items(), key=lambda each: -len(tables[each[0]].ids)):
+    extractor = Extractor(writer, setup.backbone, setup.tokenizer, batch_tokens=setup.batch_tokens)
+
+    def most(task: str) -> tuple[int, int]:
+        return len(tables[task].ids), _nodes(setup, tables[task])
+
+    for task in sorted(sample.batches, key=most, reverse=True):
         if found and spent > 2 * seconds:
             break
+        batches, whole = sample.batches[task], tables[task]
+        if whole.spec.kind == "text":
+            continue
         rows = np.unique(np.concatenate(batches))
-        whole = tables[task]
         table = replace(
             whole,
             ids=tuple(whole.ids[row] for row in rows),
             labels=tuple(whole.labels[row] for row in rows),
         )
-        if whole.spec.kind == "text":
-            continue
-        _add_words(setup, table, writer)
         writer.write_labels(table)
         writer.write_labels(replace(table, role="validation"))
+        if setup.backbone.family.seq2seq:
+            held = opened(writer)
+            for split, tree in missing_words(held, setup.tokenizer, setup.backbone.start):
+                extractor.words(held, split, tree)
         cache, count = opened(writer), len(whole.ids)
         rehearsal = _Rehearsal(setup, trained, counted, table, cache, settings, count)
         share = seconds / len(sample.batches)
@@ -85,15 +96,12 @@ def measure_steps(
     return found
 
 
-def _add_words(setup: Setup, table: LabelTable, writer: CacheWriter) -> None:
-    """Extract the decoder states of a task's words where they were not measured as streams."""
-    if not setup.backbone.family.seq2seq:
-        return
-    tree = PrefixTree.of_words(table.spec.words, setup.tokenizer, setup.backbone.start)
-    cache = opened(writer)
-    for split in sorted({cache.places[each][0] for each in table.ids}):
-        if tree.stream not in cache.streams(split):
-            write_words(setup, writer, split, tree)
+def _nodes(setup: Setup, table: LabelTable) -> int:
+    """Decoder positions that a task's label words take; 0 where none are scored."""
+    if table.spec.kind == "text" or not setup.backbone.family.seq2seq:
+        return 0
+    words = table.spec.words
+    return len(PrefixTree.of_words(words, setup.tokenizer, setup.backbone.start).flat_nodes)
 
 
 class _Rehearsal:
