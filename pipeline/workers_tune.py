@@ -36,6 +36,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 try:
     import torch
     from ray import tune
+    from ray.exceptions import RayTaskError
     from ray.tune import Callback
 except ImportError as error:
     from sherl_pipe.cache import InputError
@@ -98,6 +99,7 @@ def _run(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     described = describe(work, each)
     trial = tune.with_parameters(_trial, described=described)
+    told = _Told(bars, work, ended)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": each.cpus, "gpu": each.gpus}),
         param_space={"job": tune.grid_search(list(range(len(work.jobs))))},
@@ -106,42 +108,56 @@ def _run(
             name="sweep",
             storage_path=str(notes),
             failure_config=tune.FailureConfig(max_failures=work.config.tune.retries),
-            callbacks=[_Told(bars, work, ended)],
+            callbacks=[told],
             verbose=0,
         ),
     )
-    errors: list[SherlPipeError] = []
-    results = tuner.fit()
-    for result in (results[place] for place in range(len(results))):
-        job = work.jobs[(result.config or {})["job"]]
-        if result.error is not None:
-            error = WorkerError(
-                f"the worker died {work.config.tune.retries + 1} times in the pass of "
-                f"{_named(job)}. Lower --together or --batch-size if memory is short; run the same "
-                "command again to go on."
-            )
-            ended(job, [error] * len(job))
-        elif result.metrics and "error" in result.metrics:
-            errors.append(error_of(result.metrics["error"]))
-    if errors:
-        raise errors[0]
+    failed = tuner.fit().errors
+    for error in failed:
+        # No death: the worker lives, and what it raised is nothing that training should raise.
+        if isinstance(error, RayTaskError):
+            raise error.cause from error
+    if told.errors:
+        raise told.errors[min(told.errors)]
 
 
 class _Told(Callback):
-    """Tells how passes go, and records those that end."""
+    """Tells how passes go, and records those that end: Ray Tune's own results do not say which pass
+    it was whose worker died before it had answered at all.
+
+    Attributes:
+        errors: of passes that would end the same way on any worker, by the pass's number.
+    """
 
     def __init__(
         self, bars: Bars, work: Work, ended: Callable[[Job, Sequence[Ended]], None]
     ) -> None:
         self._bars, self._work, self._ended, self._done = bars, work, ended, 0
+        self.errors: dict[int, SherlPipeError] = {}
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Ray Tune's: a pass has ended."""
-        job = self._work.jobs[trial.config["job"]]
-        self._done += len(job)
-        found = (trial.last_result or {}).get("receipts")
-        if found is not None:
-            self._ended(job, [outcome_of(each) for each in json.loads(found)])
+        number, found = trial.config["job"], trial.last_result
+        if "error" in found:
+            self.errors[number] = error_of(found["error"])
+        else:
+            outcomes = [outcome_of(each) for each in json.loads(found["receipts"])]
+            self._ended(self._work.jobs[number], outcomes)
+        self._count(number)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """Ray Tune's: a pass has lost its worker too often."""
+        number, retries = trial.config["job"], self._work.config.tune.retries
+        job = self._work.jobs[number]
+        error = WorkerError(
+            f"the worker died {retries + 1} times in the pass of {_named(job)}. Lower --together "
+            "or --batch-size if memory is short; run the same command again to go on."
+        )
+        self._ended(job, [error] * len(job))
+        self._count(number)
+
+    def _count(self, number: int) -> None:
+        self._done += len(self._work.jobs[number])
         self._bars("sweep", self._done, sum(map(len, self._work.jobs)), "tunings")
 
 

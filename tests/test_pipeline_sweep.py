@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cli_tools import done, refused, snapshot
 from model_tools import save_model, write_data
 from sherl_pipe.cache import InputError
 from sherl_pipe.pipeline.config import make_config
+from sherl_pipe.pipeline.console import Bars
 from sherl_pipe.pipeline.sweep import variants
 from sherl_pipe.pipeline.tuning import Work
 from sherl_pipe.stages.halving import Halving
@@ -301,9 +303,11 @@ def test_workers_that_always_die_end_the_command() -> None:
 
     def kill_all() -> None:
         while not stop.is_set():
-            for worker in workers_of(process):
-                worker.kill()
-            time.sleep(0.1)
+            with suppress(psutil.Error):
+                for worker in workers_of(process):
+                    worker.kill()
+            # Most die before they have answered anything.
+            time.sleep(0.01)
 
     killer = threading.Thread(target=kill_all)
     killer.start()
@@ -312,5 +316,21 @@ def test_workers_that_always_die_end_the_command() -> None:
     finally:
         stop.set()
         killer.join()
-    assert process.returncode == 10
+    assert process.returncode == 10, err
     assert err.startswith("error: the worker died 2 times") and err.count("\n") == 1
+    rows = pyarrow.parquet.read_table("dying/sweep.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"lost"}
+
+
+@pytest.mark.slow
+def test_what_a_worker_raises_unexpectedly_is_raised_and_called_no_death(made: Path) -> None:
+    from sherl_pipe.pipeline.workers_tune import train_apart
+
+    config = make_config(
+        {"cache": "cache", "tune": TUNE | {"out": "odd", "workers": 1, "retries": 0}}, "here"
+    )
+    # No command gets as far as this with such settings.
+    settings = TuneSettings(method="linear", reduction=1, late=0, init="random", batch_size=0)
+    work = Work(config, None, [[("colour", settings)]], None, 1 << 30)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        train_apart(work, Bars(None), lambda *_: None)
