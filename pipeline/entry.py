@@ -10,6 +10,13 @@ from typing import Any
 import click
 from sherl_pipe.pipeline.cli import DEBUG, cli
 
+# PyTorch's words where a processor's memory is at its end; on CUDA it raises OutOfMemoryError.
+_NO_MEMORY = "DefaultCPUAllocator: "
+_LESS_MEMORY = (
+    "Lower --batch-tokens of extract, --batch-size or --together of tune, or --memory-budget, or "
+    "use --residency stream. Finished shards and tunings are kept."
+)
+
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
@@ -47,6 +54,10 @@ def run() -> int:
             return _say_error(_message(error), error.exit_code)
         text = " ".join(str(error).split())
         kind = type(error).__name__
+        if "MemoryError" in kind or _NO_MEMORY in text:
+            # What follows are addresses, or PyTorch's own advice.
+            found = ". ".join(text.rpartition(_NO_MEMORY)[2].split(". ")[:2]).rstrip(".")
+            return _say_error(f"out of memory ({found}). {_LESS_MEMORY}", 1)
         return _say_error(f"unexpected {kind}: {text}. Run with --debug for the traceback", 1)
 
 

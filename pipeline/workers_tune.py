@@ -48,6 +48,9 @@ except ImportError as error:
 
 # Ray Tune's own notes, in the folder of the adapters; gone when it ends.
 NOTES = ".ray-tune"
+# What a worker raises neither for lack of memory nor because another one is lost and connections to
+# it break; both are RuntimeErrors.
+NO_LOSS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 # What a worker process has opened, for the next trial that it is given.
 _opened: dict[str, Passes] = {}
 
@@ -114,8 +117,7 @@ def _run(
     )
     failed = tuner.fit().errors
     for error in failed:
-        # No death: the worker lives, and what it raised is nothing that training should raise.
-        if isinstance(error, RayTaskError):
+        if isinstance(error, RayTaskError) and isinstance(error.cause, NO_LOSS):
             raise error.cause from error
     if told.errors:
         raise told.errors[min(told.errors)]

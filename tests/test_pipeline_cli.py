@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from cli_tools import done, refused, sherl, snapshot, write_rows
 from model_tools import labels_of, save_model, sentences, write_data
 from sherl_pipe.cache import FeatureCache
@@ -271,8 +272,16 @@ def test_interruptions_and_surprises_are_one_line(monkeypatch: pytest.MonkeyPatc
     refused(143, "terminated; run the same command again to go on", argv=("tune",))
     fail(ZeroDivisionError("two\nlines"))
     refused(1, "unexpected ZeroDivisionError: two lines. Run with --debug", argv=("tune",))
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 50)
+    fail(full.value)
+    asked = f"you tried to allocate {1 << 52} bytes"
+    refused(1, "out of memory (", asked, "Lower --batch-tokens", argv=("tune",))
+    fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB."))
+    said = "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB). Lower"
+    refused(1, said, argv=("tune",))
     monkeypatch.setenv(cli.DEBUG, "1")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(torch.OutOfMemoryError):
         sherl("tune")
 
 

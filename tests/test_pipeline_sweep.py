@@ -323,14 +323,19 @@ def test_workers_that_always_die_end_the_command() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_worker_raises_unexpectedly_is_raised_and_called_no_death(made: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+@pytest.mark.parametrize("together", [False, True])
+def test_what_a_worker_raises_unexpectedly_is_raised_and_called_no_death(together: bool) -> None:
+    from sherl_pipe.pipeline.workers_train import train_together
     from sherl_pipe.pipeline.workers_tune import train_apart
 
-    config = make_config(
-        {"cache": "cache", "tune": TUNE | {"out": "odd", "workers": 1, "retries": 0}}, "here"
-    )
+    tune = TUNE | {"out": "odd", "workers": 1 + together, "retries": 0}
+    config = make_config({"cache": "cache", "tune": tune}, "here")
     # No command gets as far as this with such settings.
     settings = TuneSettings(method="linear", reduction=1, late=0, init="random", batch_size=0)
     work = Work(config, None, [[("colour", settings)]], None, 1 << 30)
     with pytest.raises((ValueError, ZeroDivisionError)):
-        train_apart(work, Bars(None), lambda *_: None)
+        if together:
+            train_together(work, Bars(None))
+        else:
+            train_apart(work, Bars(None), lambda *_: None)
