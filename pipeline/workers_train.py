@@ -23,13 +23,13 @@ from sherl_pipe.pipeline.passes import outcome_of, receipt
 from sherl_pipe.pipeline.tuning import Ended, Work
 from sherl_pipe.pipeline.workers import Share
 from sherl_pipe.pipeline.workers_tune import (
-    NO_LOSS,
     describe,
     engaged,
     error_of,
     error_text,
     job_of,
     opened,
+    raise_unless_lost,
     settle,
 )
 from sherl_pipe.stages.team import Team
@@ -55,12 +55,11 @@ def train_together(work: Work, bars: Bars) -> Sequence[Ended]:
     """
     with engaged(work.config, NOTES) as (each, notes):
         say(f"{each.workers} workers of {each.cpus} processors share every batch")
-        raised = _fit(work, each, notes)
-        return _outcomes(work, notes, raised)
+        _fit(work, each, notes)
+        return _outcomes(work, notes)
 
 
-def _fit(work: Work, each: Share, notes: Path) -> list[Exception]:
-    """What workers raised, or Ray for them, where the last try failed too."""
+def _fit(work: Work, each: Share, notes: Path) -> None:
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     trainer = TorchTrainer(
@@ -83,17 +82,14 @@ def _fit(work: Work, each: Share, notes: Path) -> list[Exception]:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return [*getattr(error, "worker_failures", {}).values()]
-    return []
+        # What the workers came to says more, and is nothing where they were lost.
+        if not (notes / OUTCOME).is_file():
+            raise_unless_lost(getattr(error, "worker_failures", {}).values())
 
 
-def _outcomes(work: Work, notes: Path, raised: Sequence[Exception]) -> Sequence[Ended]:
+def _outcomes(work: Work, notes: Path) -> Sequence[Ended]:
     (job,) = work.jobs
-    # What the workers came to says more, and is nothing where they were lost.
     if not (notes / OUTCOME).is_file():
-        for each in raised:
-            if isinstance(each, NO_LOSS):
-                raise each
         names = ", ".join(f"{task} {settings.name}" for task, settings in job)
         error = WorkerError(
             f"workers died {work.config.tune.retries + 1} times while they trained {names}. Lower "

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ except ImportError as error:
 NOTES = ".ray-tune"
 # What a worker raises neither for lack of memory nor because another one is lost and connections to
 # it break; both are RuntimeErrors.
-NO_LOSS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+_NO_LOSS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 # What a worker process has opened, for the next trial that it is given.
 _opened: dict[str, Passes] = {}
 
@@ -115,10 +115,7 @@ def _run(
             verbose=0,
         ),
     )
-    failed = tuner.fit().errors
-    for error in failed:
-        if isinstance(error, RayTaskError) and isinstance(error.cause, NO_LOSS):
-            raise error.cause from error
+    raise_unless_lost(tuner.fit().errors)
     if told.errors:
         raise told.errors[min(told.errors)]
 
@@ -161,6 +158,14 @@ class _Told(Callback):
     def _count(self, number: int) -> None:
         self._done += len(self._work.jobs[number])
         self._bars("sweep", self._done, sum(map(len, self._work.jobs)), "tunings")
+
+
+def raise_unless_lost(errors: Iterable[Exception]) -> None:
+    """Raise the first of what ended workers that neither a loss nor lack of memory explains."""
+    for error in errors:
+        found = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(found, _NO_LOSS):
+            raise found
 
 
 def describe(work: Work, each: Share) -> str:
