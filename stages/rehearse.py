@@ -70,12 +70,11 @@ def measure_steps(
     def most(task: str) -> tuple[int, int]:
         return len(tables[task].ids), _nodes(setup, tables[task])
 
-    for task in sorted(sample.batches, key=most, reverse=True):
+    scored = [task for task in sample.batches if tables[task].spec.kind != "text"]
+    for task in sorted(scored, key=most, reverse=True):
         if found and spent > 2 * seconds:
             break
         batches, whole = sample.batches[task], tables[task]
-        if whole.spec.kind == "text":
-            continue
         rows = np.unique(np.concatenate(batches))
         table = replace(
             whole,
@@ -97,8 +96,8 @@ def measure_steps(
 
 
 def _nodes(setup: Setup, table: LabelTable) -> int:
-    """Decoder positions that a task's label words take; 0 where none are scored."""
-    if table.spec.kind == "text" or not setup.backbone.family.seq2seq:
+    """Decoder positions that a task's label words take; 0 where there is no decoder."""
+    if not setup.backbone.family.seq2seq:
         return 0
     words = table.spec.words
     return len(PrefixTree.of_words(words, setup.tokenizer, setup.backbone.start).flat_nodes)
